@@ -1,0 +1,2856 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "bottle>=0.13.4,<0.14",
+#     "pyjwt>=2.10,<3",
+#     "waitress>=3.0.2,<3.1",
+#     "multipart>=1.2,<3",
+# ]
+# ///
+"""A firmware image store: one file, one folder, curl as its client.
+
+It keeps firmware images for devices to download: label and version in SQLite, the .hex binaries
+as files, tenants kept apart by JSON Web Tokens. It speaks the API of dojot's image-manager v0.6.0
+and goes beyond it: ranges, conditions, digests, signed links, and Intel HEX that is understood.
+
+Run it           python image_manager.py                    on 127.0.0.1:8000, storing in data/
+                 python image_manager.py --help             what else there is
+Embed it         with running(Settings(data=folder)) as server: ...      see `running`
+                 application = create_app(Settings(data=folder))         any WSGI server
+
+The API is the table ROUTES, each line with the right that it needs; what can be set is the class
+Settings. From here to the end each layer knows only those above it:
+
+    errors            all that can go wrong, each with its HTTP status
+    settings          one frozen object, made once and passed in
+    tokens            who calls and what they may do; signed links
+    Intel HEX         records in, layout and data or the first fault out
+    catalogue         the images' metadata in SQLite: all SQL is here
+    binaries          the files: received, published, read in excerpts
+    HTTP              conditions, ranges, queries and bodies, as the RFCs have them
+    routes            the API; the two stores meet only here
+    server            waitress, made fit for fleets; processes, signals, the lock
+    command line      serve, token, verify, backup
+
+The folder
+
+    image_manager.db      the catalogue (WAL, synchronous=FULL)
+    secret.key            signs tokens and links; readable by its owner alone
+    binaries/<id>.hex     as uploaded, named by ids of our own, never by what a client sent
+    binaries/<id>.bin     of Intel HEX: its data bytes, segments joined without the gaps
+    tmp/                  uploads under way; emptied at the start
+    service.lock          held while a service has the folder
+
+What it promises, and the tests prove
+
+ 1. An answer of 200 or 201 comes after the disk: file, name and row are synced before it.
+ 2. A crash leaves at worst a stray file, which the next start removes; never a row without its
+    file. The catalogue lost or empty beside binaries stops the start, and nothing is removed.
+ 3. A stored binary never changes. The same bytes sent again succeed, others are refused.
+ 4. No route without a right: a tenant sees nothing of another, a token does only what it says.
+ 5. Nothing a client sends becomes a path, a piece of SQL, or a header unchecked.
+ 6. A refused upload is answered on its header: nothing of it is awaited or stored.
+ 7. What does not fit the disk leaves nothing behind, and deleting always has room.
+ 8. A download that has begun ends well, whatever happens to its image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import bisect
+import contextlib
+import dataclasses
+import email.utils
+import errno
+import functools
+import hashlib
+import hmac
+import http
+import io
+import itertools
+import json
+import logging
+import math
+import operator
+import os
+import re
+import secrets
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import sys
+import tempfile
+import threading
+import time
+import unicodedata
+import urllib.parse
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bottle
+import jwt
+import multipart
+from waitress import wasyncore
+from waitress.adjustments import Adjustments
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.server import TcpWSGIServer
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.utilities import Error as WaitressError
+
+__version__ = "1.0.0"
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+BLOCK = 256 * KIB  # bytes read, hashed and written at a time
+JSON_LIMIT = 64 * KIB  # of a JSON body, and of what a form may hold beside its file
+RESERVE = 2 * MIB  # of the disk, kept free by uploads and creations so that deleting has room
+
+log = logging.getLogger("image_manager")
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+class CannotStart(Exception):
+    """What keeps a command or a server from its work: one sentence that says what to do."""
+
+
+class ServiceError(Exception):
+    """Base of all that a client can be told, each with its HTTP status."""
+
+    status, message = 500, "Internal server error: the log says more"
+
+    def __init__(self, message: str = "", headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message or self.message)
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        return {"message": str(self), "status": self.status}
+
+
+class BadRequest(ServiceError):
+    status, message = 400, "Invalid query param supplied"
+
+
+class FaultyImage(BadRequest):
+    """Members of an image object break the rules; the reasons are given for each field."""
+
+    message = "failed to parse input"
+
+    def __init__(self, errors: dict[str, list[str]]) -> None:
+        super().__init__()
+        self.errors = errors
+
+    def body(self) -> dict[str, Any]:
+        return {"message": self.message, "errors": self.errors}
+
+
+class Unauthorised(ServiceError):
+    status, message = 401, "No authorization token has been supplied"
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message, {"WWW-Authenticate": "Bearer"})
+
+
+class Forbidden(ServiceError):
+    status = 403
+
+    def __init__(self, right: str) -> None:
+        challenge = {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
+        super().__init__(f"This token does not give the right {right}", challenge)
+
+
+class NotFound(ServiceError):
+    status, message = 404, "No such path"
+
+
+class NoSuchImage(NotFound):
+    def __init__(self, image_id: str) -> None:
+        super().__init__(f"No such image: {image_id}")
+
+
+class NoBinary(NotFound):
+    message = "Image does not have an binary file"
+
+
+class MethodNotAllowed(ServiceError):
+    status, message = 405, "Method not allowed"
+
+
+class BinaryExists(ServiceError):
+    status, message = 409, "Binary already exists"
+
+
+class LengthRequired(ServiceError):
+    status, message = 411, "Send the file as the body, with its Content-Length"
+
+
+class PreconditionFailed(ServiceError):
+    status, message = 412, "The binary is not the one that the request's conditions ask for"
+
+
+class TooLarge(ServiceError):
+    status = 413
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The body is larger than the {limit} bytes allowed here")
+
+
+class RangeNotSatisfiable(ServiceError):
+    status = 416
+
+    def __init__(self, size: int) -> None:
+        where = {"Content-Range": f"bytes */{size}"}
+        super().__init__(f"The range lies outside the {size} bytes", where)
+
+
+class Unprocessable(ServiceError):
+    status, message = 422, "The binary is no sound Intel HEX file, so that it has no addresses"
+
+
+class Damaged(ServiceError):
+    status, message = 500, "The catalogue cannot be read or written: the log says why"
+
+
+class Unavailable(ServiceError):
+    status, message = 503, "The catalogue is busy: try again"
+
+
+class StorageFull(ServiceError):
+    status, message = 507, "The disk is full: delete images or make room, then try again"
+
+
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+@contextlib.contextmanager
+def telling_full() -> Iterator[None]:
+    """Raise StorageFull for each way in which the operating system says that the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise StorageFull from error
+        raise
+
+
+# ------------------------------------------------------------------------------------- settings
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of 1000, 64K, 512M or 2G (powers of 1024)."""
+    match = re.fullmatch("([1-9][0-9]{0,14})([KMG]?)", text.strip().upper())
+    if not match:
+        raise ValueError("takes bytes, or a number with K, M or G such as 512M")
+    return int(match[1]) * {"": 1, "K": KIB, "M": MIB, "G": GIB}[match[2]]
+
+
+def parse_switch(text: str) -> bool:
+    words = {**dict.fromkeys(("1", "true", "yes", "on"), True), "": False}
+    words |= dict.fromkeys(("0", "false", "no", "off"), False)
+    if text.strip().lower() not in words:
+        raise ValueError("takes 1, true, yes or on, or else 0, false, no or off")
+    return words[text.strip().lower()]
+
+
+def parse_count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text.strip()):
+        raise ValueError("takes a whole number")
+    return int(text)
+
+
+def option(default: Any, parse: Callable[[str], Any], meaning: str) -> Any:
+    """Declare a field of Settings that the command line and the environment can set."""
+    return dataclasses.field(default=default, metadata={"parse": parse, "meaning": meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that can be set, made once and passed in; it reads no environment.
+
+    Raises CannotStart for values that make no sense.
+    """
+
+    data: Path
+    host: str = option("127.0.0.1", str, "address to listen on; 0.0.0.0 for every network")
+    port: int = option(0, parse_count, "port to listen on; 0 picks a free one")
+    url_prefix: str = option("", str, "path below which the API answers as well: /fw-image")
+    public_url: str = option("", str, "what signed links begin with: https://fw.example.com")
+    workers: int = option(1, parse_count, "processes that serve")
+    threads: int = option(4, parse_count, "threads of each process")
+    max_upload: int = option(512 * MIB, parse_size, "largest file taken: bytes, or with K, M, G")
+    require_intel_hex: bool = option(False, parse_switch, "refuse files that are not Intel HEX")
+    jwt_public_key: Path | None = option(
+        None, Path, "PEM file: take only tokens signed by its owner (RS256, ES256, EdDSA)"
+    )
+    jwt_audience: str = option("", str, "audience (aud) that tokens must name")
+    jwt_issuer: str = option("", str, "issuer (iss) that tokens must name")
+    # Not an option: every user of a machine can read its command lines.
+    jwt_secret: str = dataclasses.field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        prefix = self.url_prefix.strip("/")
+        tidy = {"data": Path(self.data), "public_url": self.public_url.rstrip("/")}
+        for name, value in {**tidy, "url_prefix": prefix and "/" + prefix}.items():
+            object.__setattr__(self, name, value)
+        if not re.fullmatch(r"((?!image)[\w.~-]+(/[\w.~-]+)*)?", prefix, re.ASCII):
+            raise CannotStart("url-prefix takes a path such as /fw-image, not one under /image")
+        if not re.fullmatch(r"(https?://[\x21\x23-\x3b\x3d\x3f-\x7e]+)?", self.public_url):
+            raise CannotStart("public-url takes an address such as https://fw.example.com")
+        for name, low, high in (("port", 0, 65535), ("workers", 1, 64), ("threads", 1, 256)):
+            if not low <= getattr(self, name) <= high:
+                raise CannotStart(f"{name} takes a number from {low} to {high}")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder unless it is there; raises CannotStart where that, or writing in it, fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        remedy = "make it a folder that can be written, or name another with --data"
+        raise CannotStart(f"Cannot write in {path} ({error.strerror}): {remedy}") from error
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder last through a power cut."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders; NTFS keeps a journal of its names
+        return
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# ------------------------------------------------------------------------------------- tokens
+
+READ, WRITE, DELETE = RIGHTS = ("image:read", "image:write", "image:delete")
+LEEWAY = 30  # seconds that the clock of whoever made a token may be off
+LONGEST_LINK = 30 * 86400  # seconds
+UNCHECKED = ("verify_exp", "verify_nbf", "verify_iat", "verify_sub", "verify_jti")
+
+
+def text_faults(value: object) -> list[str]:
+    """Return all that is wrong with a label, a version or the name of a tenant."""
+    if value is None:
+        return ["Field may not be null."]
+    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
+        return ["Not a valid string."]
+    faults = {
+        "Shorter than minimum length 1.": not value,
+        "Longer than maximum length 128.": len(value) > 128,
+        "Contains control characters.": any(unicodedata.category(c) == "Cc" for c in value),
+    }
+    return [reason for reason, found in faults.items() if found]
+
+
+class Caller(NamedTuple):
+    """Who asks, as a verified token or a signed link says."""
+
+    tenant: str
+    rights: frozenset[str] = frozenset(RIGHTS)
+    subject: object = None  # the claim sub, in whatever form it came
+    not_before: float = -math.inf  # seconds since the epoch
+    expires: float = math.inf
+    sha256: str = ""  # of a signed link: the only bytes that it gives
+
+
+def load_secret(folder: Path) -> str:
+    """Return the secret in a data folder, made if there is none: 256 bits, mode 0600.
+
+    Raises CannotStart.
+    """
+    path = folder / "secret.key"
+    try:
+        if not path.exists():
+            handle, draft = tempfile.mkstemp(dir=folder)  # mode 0600
+            with open(handle, "w") as file:
+                file.write(secrets.token_hex(32) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                with contextlib.suppress(FileExistsError):  # another process was faster
+                    os.link(draft, path)
+                os.unlink(draft)
+            except OSError:  # a file system without hard links, such as FAT
+                os.replace(draft, path)
+            sync_folder(folder)
+        secret = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CannotStart(f"Cannot read or make {path} ({error}): make it readable") from error
+    if len(secret) < 32:
+        remedy = "restore it, or delete it, which ends all tokens"
+        raise CannotStart(f"{path} holds no secret of 32 characters or more: {remedy}")
+    return secret
+
+
+def load_public_key(path: Path) -> tuple[Any, str]:
+    """Return the public key in a PEM file, and the algorithm it is for; raises CannotStart."""
+    try:
+        from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    except ImportError as error:
+        remedy = 'pip install "pyjwt[crypto]"'
+        raise CannotStart(f"jwt-public-key needs one more package: {remedy}") from error
+    try:
+        key = load_pem_public_key(path.read_bytes())
+    except (OSError, ValueError) as error:
+        wanted = "a readable PEM file that begins with -----BEGIN PUBLIC KEY-----"
+        raise CannotStart(f"jwt-public-key takes {wanted}, not {path} ({error})") from error
+    if isinstance(key, rsa.RSAPublicKey):
+        return key, "RS256"
+    if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1":
+        return key, "ES256"
+    if isinstance(key, (ed25519.Ed25519PublicKey, ed448.Ed448PublicKey)):
+        return key, "EdDSA"
+    raise CannotStart(f"jwt-public-key takes an RSA, P-256 or Ed25519 key, not that in {path}")
+
+
+class Tokens:
+    """Verifies and makes JSON Web Tokens and signed links."""
+
+    def __init__(self, settings: Settings, secret: str) -> None:
+        self._secret, self._key, self._algorithm = secret, secret, "HS256"
+        if settings.jwt_public_key:
+            self._key, self._algorithm = load_public_key(settings.jwt_public_key)
+        self._audience, self._issuer = settings.jwt_audience, settings.jwt_issuer
+        self._link_key = hmac.digest(secret.encode(), b"image manager: signed links", "sha256")
+        # PyJWT takes 30 to 100 us of a request that takes 250: what is verified stays so, and
+        # only the clock is asked again. Failures are not kept: they must not push these out.
+        self._remembered = functools.lru_cache(maxsize=1024)(self._caller)
+
+    def verify(self, header: str | None) -> Caller:
+        """Return whose token an Authorization header carries; raises Unauthorised."""
+        if header is None:
+            raise Unauthorised
+        # Two such headers arrive joined by a comma, which is in no token.
+        match = re.fullmatch(r"Bearer +([\w.~+/=-]+) *", header, re.ASCII | re.IGNORECASE)
+        if not match:
+            raise self._invalid("the header is not of the form: Bearer <token>")
+        caller = self._remembered(match[1])
+        now = time.time()
+        if caller.expires <= now - LEEWAY:
+            raise self._invalid("Signature has expired")
+        if caller.not_before > now + LEEWAY:
+            raise self._invalid("The token is not yet valid (nbf)")
+        return caller
+
+    @staticmethod
+    def _invalid(reason: object) -> Unauthorised:
+        return Unauthorised(f"Invalid authorization token: {reason}")
+
+    def _caller(self, token: str) -> Caller:
+        """Return what a token says if its signature holds; asks no clock."""
+        checks = {"verify_aud": bool(self._audience), "verify_iss": bool(self._issuer)}
+        try:
+            decoded = jwt.decode_complete(
+                token,
+                self._key,
+                algorithms=[self._algorithm],  # follows from the key, never from the token
+                audience=self._audience or None,
+                issuer=self._issuer or None,
+                options={**checks, **dict.fromkeys(UNCHECKED, False)},  # type: ignore[arg-type]
+            )
+        except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
+            raise self._invalid(error) from error
+        claims = decoded["payload"]
+        if "crit" in decoded["header"]:
+            raise self._invalid("no extension that crit can name is understood here")
+        if text_faults(claims.get("service")):
+            raise self._invalid("the claim service must be a name of 1 to 128 characters")
+        moments = [claims.get("nbf", -math.inf), claims.get("exp", math.inf)]
+        # NaN, which Python's JSON has, is in no order with anything.
+        if any(type(m) not in (int, float) or not -math.inf <= m <= math.inf for m in moments):
+            raise self._invalid("the claims nbf and exp must be numbers")
+        return Caller(claims["service"], self._rights(claims), claims.get("sub"), *moments)
+
+    def _rights(self, claims: dict[str, Any]) -> frozenset[str]:
+        scope = claims.get("scope", "")
+        words = scope.split() if isinstance(scope, str) else scope
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise self._invalid("the claim scope must be a string or a list of strings")
+        ours = {word for word in words if word.lower().startswith("image:")}
+        if not ours <= set(RIGHTS):  # a typing error must not open the door
+            raise self._invalid(f"what begins with image: in scope is not {', '.join(RIGHTS)}")
+        return frozenset(ours or RIGHTS)
+
+    def issue(self, service: str, rights: Iterable[str] = (), seconds: int | None = None) -> str:
+        """Return a token for a tenant, with all rights and for ever unless told otherwise.
+
+        Raises CannotStart where the service takes none of its own making.
+        """
+        if self._key is not self._secret:
+            raise CannotStart("With jwt-public-key, tokens come from who has the private key")
+        if text_faults(service) or not set(rights) <= set(RIGHTS):
+            raise CannotStart("A token takes a service of 1 to 128 characters, and known rights")
+        now = int(time.time())
+        claims: dict[str, Any] = {"service": service, "iat": now, "jti": str(uuid.uuid4())}
+        claims |= {"scope": " ".join(rights)} if rights else {}
+        claims |= {"exp": now + seconds} if seconds is not None else {}
+        claims |= {"aud": self._audience} if self._audience else {}
+        claims |= {"iss": self._issuer} if self._issuer else {}
+        return jwt.encode(claims, self._secret)
+
+    def sign(self, image_id: str, sha256: str, expires: int) -> str:
+        """Return the query of a link that gives these bytes, and no others, until `expires`.
+
+        The digest is in it because a link is to be told from a forged one even when the binary,
+        and with it the record of its digest, is gone.
+        """
+        digest = base64.urlsafe_b64encode(bytes.fromhex(sha256)).decode().rstrip("=")
+        signature = self._signature(image_id, digest, str(expires))
+        return f"expires={expires}&sha256={digest}&signature={signature}"
+
+    def verify_link(self, image_id: str, query: Mapping[str, str]) -> tuple[str, int]:
+        """Return the SHA-256 (hex) and the end of a signed link; raises Unauthorised."""
+        digest, expires = query.get("sha256", ""), query.get("expires", "")
+        expected = self._signature(image_id, digest, expires)
+        if not hmac.compare_digest(expected.encode(), query["signature"].encode()):
+            raise Unauthorised("Invalid link: its signature does not match")
+        if int(expires) <= time.time():
+            raise Unauthorised("This link has expired")
+        return base64.urlsafe_b64decode(digest + "=").hex(), int(expires)
+
+    def _signature(self, *parts: str) -> str:
+        # 128 bits, which RFC 2104 section 5 allows: with the whole digest in it, the URL still
+        # fits the 160 characters that a bootloader may have for it.
+        mac = hmac.digest(self._link_key, "\n".join(parts).encode(), "sha256")[:16]
+        return base64.urlsafe_b64encode(mac).decode().rstrip("=")
+
+
+# ------------------------------------------------------------------------------------- Intel HEX
+# After Intel's Hexadecimal Object File Format Specification, revision A of 1988.
+
+FIXED_SIZE = {1: 0, 2: 2, 3: 4, 4: 2, 5: 4}  # payload bytes of each record type but 0
+LONGEST_RECORD = 1 + 2 * (255 + 5) + 1  # characters, with the CR of a CRLF
+MOST_PIECES = 1 << 17  # of data that do not join on; each takes some 150 bytes of memory
+MOST_WARNINGS = 20  # of a kind
+
+
+class HexFault(Exception):
+    """The first fault of a file: its line, and what is wrong with it."""
+
+
+class Extent(NamedTuple):
+    """A run of data: where it belongs, how long it is, where it stands in a stream or file."""
+
+    address: int
+    size: int
+    offset: int
+
+
+class Layout(NamedTuple):
+    """What a file says: extents in the order of their addresses, none overlapping."""
+
+    records: int
+    bytes: int
+    start_address: int | None
+    extents: list[Extent]
+    warnings: list[str]
+
+    def segments(self) -> list[tuple[int, int]]:
+        """Return (address, size) of all data in the order of addresses, adjacent ones joined."""
+        return join_adjacent((extent.address, extent.size) for extent in self.extents)
+
+    def report(self) -> dict[str, Any]:
+        """Return the layout as clients see it."""
+        start = self.start_address
+        named = [{"address": hex_address(at), "size": size} for at, size in self.segments()]
+        return {
+            "records": self.records,
+            "bytes": self.bytes,
+            "start_address": None if start is None else hex_address(start),
+            "segments": named,
+            "warnings": self.warnings,
+        }
+
+
+def hex_address(address: int) -> str:
+    return f"0x{address:08X}"
+
+
+def join_adjacent(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for address, size in pieces:
+        if joined and sum(joined[-1]) == address:
+            address, size = joined[-1][0], joined.pop()[1] + size
+        joined.append((address, size))
+    return joined
+
+
+class HexReader:
+    """Reads an Intel HEX file in pieces of any size; raises HexFault.
+
+    feed() and finish() return the data bytes in the order of the file; then layout() tells where
+    they belong.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""  # of a line that has not ended
+        self._line = self._records = self._bytes = 0
+        self._ended = False
+        self._base, self._span, self._limit = 0, 1 << 32, 1 << 32  # addresses wrap at the limit
+        self._start_address: int | None = None
+        self._pieces: list[tuple[int, int]] = []  # (address, size) in the order of the file
+        self._wraps: list[str] = []
+
+    def feed(self, block: bytes) -> bytes:
+        """Take the next bytes of the file; return the data of the lines that end in them."""
+        lines, newline, rest = (self._rest + block).rpartition(b"\n")
+        self._rest = rest
+        if len(rest) > LONGEST_RECORD:
+            lines, newline = lines + newline + rest, b"\n"  # no record is so long: it is a fault
+        return self._take(lines) if newline else b""
+
+    def finish(self) -> bytes:
+        """Take the end of the file; return the data of a last line that has no line end."""
+        rest, self._rest = self._rest, b""
+        data = self._take(rest) if rest else b""
+        if not self._ended:
+            raise HexFault(f"line {max(self._line, 1)}: no end-of-file record")
+        return data
+
+    def layout(self) -> Layout:
+        extents, overlaps = settle(self._pieces)
+        twice = [
+            f"{size} bytes at {hex_address(address)} are written more than once: the last wins"
+            for address, size in overlaps
+        ]
+        warnings = []
+        for kind in (twice, self._wraps):
+            more = len(kind) - MOST_WARNINGS
+            warnings += kind[:MOST_WARNINGS] + [f"There are {more} more of these"] * (more > 0)
+        return Layout(self._records, self._bytes, self._start_address, extents, warnings)
+
+    def _take(self, text: bytes) -> bytes:
+        """Take whole lines: all at once where no fault is in them, else one by one."""
+        newline = b"\r\n" if text.endswith(b"\r") else b"\n"
+        if text.startswith(b":") and not self._ended:
+            records = check_together(text[1:].removesuffix(b"\r").split(newline + b":"))
+            if records:
+                self._line += len(records)
+                return self._place(records)
+        return b"".join(self._place([self._check(line)]) for line in text.split(b"\n"))
+
+    def _check(self, line: bytes) -> bytes:
+        """Return the bytes of a line's record, none for a blank line; the plain way, for faults."""
+        self._line += 1
+        line = line.removesuffix(b"\r")
+        if not line:
+            return b""
+        if self._ended:
+            raise self._fault("data after the end-of-file record")
+        if not line.startswith(b":"):
+            raise self._fault("does not begin with a colon")
+        strange = re.search(b"[^0-9A-Fa-f]", line[1:])
+        if strange:
+            raise self._fault(f"character {strange.start() + 2} is no hexadecimal digit")
+        count = int(line[1:3] or b"0", 16)
+        digits = 2 * (count + 5)
+        if len(line) - 1 < digits:
+            raise self._fault("record is cut off")
+        if len(line) - 1 > digits:
+            raise self._fault(f"record is longer than the {count} bytes that it announces")
+        record = binascii.unhexlify(line[1:])
+        checksum = -sum(record[:-1]) & 0xFF
+        if record[-1] != checksum:
+            raise self._fault(f"checksum is {record[-1]:02X}, should be {checksum:02X}")
+        kind = record[3]
+        if kind > 5:
+            raise self._fault(f"record type {kind:02X} is none of 00 to 05")
+        if kind and count != FIXED_SIZE[kind]:
+            raise self._fault(f"type {kind:02X} has {count} bytes, not {FIXED_SIZE[kind]}")
+        return record
+
+    def _fault(self, reason: str) -> HexFault:
+        return HexFault(f"line {self._line}: {reason}")
+
+    def _place(self, records: list[bytes]) -> bytes:
+        """Note where the data of sound records belong; return the data."""
+        data: list[bytes] = []
+        begin, first, following = 0, 0, -1  # address, place in data and end of the piece at hand
+        for record in filter(None, records):
+            self._records += 1
+            if record[3]:
+                self._note(begin, data[first:])
+                first, following = len(data), -1
+                self._obey(record[3], int.from_bytes(record[4:-1], "big"))
+                continue
+            address = self._base + (record[1] << 8 | record[2])
+            if address != following:
+                self._note(begin, data[first:])
+                begin, first = address, len(data)
+            data.append(record[4:-1])
+            following = address + record[0]
+            if following > self._limit:
+                room, wrapped = self._limit - address, self._limit - self._span
+                data[-1:] = data[-1][:room], data[-1][room:]
+                self._note(begin, data[first:-1])
+                begin, first, following = wrapped, len(data) - 1, following - self._span
+                names = hex_address(address), hex_address(wrapped)
+                self._wraps.append("The record at {} wraps round to {}".format(*names))
+        self._note(begin, data[first:])
+        return b"".join(data)
+
+    def _note(self, address: int, data: list[bytes]) -> None:
+        size = sum(map(len, data))
+        self._bytes += size
+        if size:
+            self._pieces[-1:] = join_adjacent([*self._pieces[-1:], (address, size)])
+        if len(self._pieces) > MOST_PIECES:
+            raise self._fault(f"more than {MOST_PIECES} separate pieces of data")
+
+    def _obey(self, kind: int, value: int) -> None:
+        """Do what a record says that is not data."""
+        if kind == 1:
+            self._ended = True
+        elif kind == 2:
+            self._base, self._span = value << 4, 1 << 16
+            self._limit = self._base + self._span
+        elif kind == 3:
+            self._start_address = (value >> 16 << 4) + (value & 0xFFFF)  # CS and IP
+        elif kind == 4:
+            self._base, self._span, self._limit = value << 16, 1 << 32, 1 << 32
+        else:
+            self._start_address = value
+
+
+def check_together(lines: list[bytes]) -> list[bytes]:
+    """Return the bytes of records given as hexadecimal digits; none if one needs a closer look.
+
+    Records of one length are checked together, a column of them at a time: 130 MB/s of text in
+    all, against 45 MB/s one by one.
+    """
+    try:
+        for digits, group in itertools.groupby(sorted(lines, key=len), len):
+            rows = list(group)
+            count, width = len(rows), digits // 2
+            raw = binascii.unhexlify(b"".join(rows))
+            if width < 5 or digits % 2 or raw[::width] != bytes([width - 5]) * count:
+                return []
+            # Adds up the bytes of each record modulo 256: a column is one long number, a record
+            # is a byte of it, and the highest bits are added apart so that nothing carries over.
+            low, high = (int.from_bytes(bytes([mask]) * count, "little") for mask in (0x7F, 0x80))
+            total = 0
+            for column in range(width):
+                value = int.from_bytes(raw[column::width], "little")
+                total = ((total & low) + (value & low)) ^ ((total ^ value) & high)
+            if total:
+                return []
+        records = list(map(binascii.unhexlify, lines))
+    except ValueError:  # what is no hexadecimal digit, or half a byte
+        return []
+    kinds = bytes(map(operator.itemgetter(3), records))
+    special = [record for record in records if record[3]] if any(kinds) else []
+    if 1 in kinds[:-1] or any(FIXED_SIZE.get(record[3]) != record[0] for record in special):
+        return []
+    return records
+
+
+def settle(pieces: list[tuple[int, int]]) -> tuple[list[Extent], list[tuple[int, int]]]:
+    """Return what is left of each piece where later ones win, and (address, size) of overlaps."""
+    settled: list[Extent] = []
+    overlaps: list[tuple[int, int]] = []
+    offset = 0
+    for address, size in pieces:
+        end = address + size
+        first = bisect.bisect_left(settled, (address,))
+        if first and address < settled[first - 1].address + settled[first - 1].size:
+            first -= 1
+        last = bisect.bisect_left(settled, (end,), first)
+        kept = [Extent(address, size, offset)]
+        for old in settled[first:last]:
+            old_end = old.address + old.size
+            begin = max(address, old.address)
+            overlaps.append((begin, min(end, old_end) - begin))
+            if old.address < address:
+                kept.insert(0, old._replace(size=address - old.address))
+            if old_end > end:
+                kept.append(Extent(end, old_end - end, old.offset + end - old.address))
+        settled[first:last] = kept
+        offset += size
+    return settled, join_adjacent(overlaps)
+
+
+# ------------------------------------------------------------------------------------- catalogue
+
+NUMBER = "(?:0|[1-9][0-9]*)"
+PART = f"(?:{NUMBER}|[0-9]*[A-Za-z-][0-9A-Za-z-]*)"
+SEMVER = re.compile(
+    rf"v?({NUMBER})\.({NUMBER})\.({NUMBER})(?:-({PART}(?:\.{PART})*))?"
+    r"(?:\+[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*)?"
+)
+
+
+def semver_key(version: str) -> str:
+    """Return what sorts versions by the precedence of SemVer 2.0.0, section 11.
+
+    A leading v is ignored. What is no SemVer gives "", which sorts below all that is.
+    """
+    match = SEMVER.fullmatch(version)
+    if not match:
+        return ""
+    *core, prerelease = match.groups()
+    key = "".join(f"{len(number):03}{number}" for number in core)
+    if prerelease is None:
+        return key + "~"  # a release is above all its pre-releases
+    for part in prerelease.split("."):
+        # Numbers sort by value and below words. "!" sorts below all that can be in a word, so
+        # that a word is above what it begins with, and a longer list above one it begins with.
+        key += f"0{len(part):03}{part}!" if part.isdigit() else f"1{part}!"
+    return key
+
+
+MIGRATIONS = (
+    # AUTOINCREMENT gives no seq twice, and so remembers whether there ever was an image.
+    """
+    CREATE TABLE image (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        tenant TEXT NOT NULL,
+        label TEXT NOT NULL,
+        fw_version TEXT NOT NULL,
+        precedence TEXT NOT NULL,  -- semver_key(fw_version)
+        created TEXT NOT NULL,
+        updated TEXT,
+        confirmed INTEGER NOT NULL DEFAULT 0,
+        size INTEGER,
+        sha256 TEXT,
+        stored TEXT,  -- when the binary was
+        report TEXT,  -- of sound Intel HEX: the layout that clients see, as JSON
+        segments TEXT  -- of sound Intel HEX: [[address, size], ...] as they stand in the .bin
+    );
+    CREATE INDEX image_by_age ON image (tenant, created);
+    CREATE INDEX image_by_label ON image (tenant, label, created);
+    CREATE INDEX image_by_version ON image (tenant, fw_version, created);
+    CREATE INDEX image_by_confirmed ON image (tenant, confirmed, created);
+    CREATE INDEX image_by_precedence ON image (tenant, label, precedence, created)
+        WHERE confirmed = 1
+    """,
+)
+
+# SQLite writes the JSON: 10,000 images in 10 to 17 ms, against 46 ms by way of json.dumps.
+_ALWAYS = "'id', id, 'label', label, 'fw_version', fw_version, 'created', created, 'confirmed', "
+IMAGE_JSON = f"""CASE
+    WHEN confirmed THEN json_object({_ALWAYS} json('true'), 'updated', updated,
+        'size', size, 'sha256', sha256)
+    WHEN updated IS NULL THEN json_object({_ALWAYS} json('false'))
+    ELSE json_object({_ALWAYS} json('false'), 'updated', updated) END"""
+WITH_REPORT = f"""CASE WHEN report IS NULL THEN {IMAGE_JSON}
+    ELSE rtrim({IMAGE_JSON}, '}}') || ',"hex":' || report || '}}' END"""
+COLUMNS = "id, tenant, fw_version, confirmed, size, sha256, stored, segments, updated"
+
+ONE = "FROM image WHERE id = :id AND tenant = :tenant"
+LATEST = f"""SELECT fw_version, precedence, {IMAGE_JSON} FROM image
+    WHERE tenant = :tenant AND label = :label AND confirmed = 1
+    ORDER BY precedence DESC, created DESC, seq DESC LIMIT 1"""
+FILTERS = {name: f" AND {name} = :{name}" for name in ("label", "fw_version", "confirmed")}
+LIST = """SELECT '[' || coalesce(group_concat(item), '') || ']' FROM (
+    SELECT {item} AS item FROM image WHERE tenant = :tenant{filters}
+    ORDER BY created, seq LIMIT :limit OFFSET :offset)"""
+COUNT = "SELECT count(*) FROM image WHERE tenant = :tenant{filters}"
+ADD = """INSERT INTO image (id, tenant, label, fw_version, precedence, created)
+    VALUES (:id, :tenant, :label, :fw_version, :precedence, :now)"""
+CHANGE = """UPDATE image SET label = coalesce(:label, label), updated = :now,
+    fw_version = coalesce(:fw_version, fw_version), precedence = coalesce(:precedence, precedence)
+    WHERE id = :id AND tenant = :tenant"""
+CONFIRM = """UPDATE image SET confirmed = 1, size = :size, sha256 = :sha256, stored = :now,
+    updated = :now, report = :report, segments = :segments
+    WHERE id = :id AND tenant = :tenant AND confirmed = 0"""
+CLEAR = """UPDATE image SET confirmed = 0, size = NULL, sha256 = NULL, stored = NULL,
+    updated = :now, report = NULL, segments = NULL
+    WHERE id = :id AND tenant = :tenant AND confirmed = 1"""
+
+
+PATIENCE = 10  # seconds that a write waits for other processes
+
+
+class Image(NamedTuple):
+    """What the service itself needs to know of an image: COLUMNS."""
+
+    id: str
+    tenant: str
+    fw_version: str
+    confirmed: int
+    size: int
+    sha256: str
+    stored: str
+    segments: str | None
+    updated: str
+
+
+class Binary(NamedTuple):
+    """What is recorded of a binary; report and segments, as JSON, for sound Intel HEX only."""
+
+    size: int
+    sha256: str
+    report: str | None
+    segments: str | None
+
+
+class Catalogue:
+    """The metadata of images, in SQLite.
+
+    Whatever touches an image takes its tenant, and raises NoSuchImage where that tenant has none
+    with that id. Anything may raise Damaged, Unavailable or StorageFull.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the catalogue, making or migrating it where needed; raises CannotStart."""
+        self._path, self._closed = path, False
+        self._idle: list[sqlite3.Connection] = []  # lent to whatever thread asks
+        # Threads queue here. SQLite's own waiting, for other processes, sleeps for up to 100 ms.
+        self._writing = threading.Lock()
+        try:
+            with self._transaction() as connection:
+                self._migrate(connection)
+        except (ServiceError, CannotStart) as error:
+            self.close()
+            remedy = "restore it from a backup, or name another folder with --data"
+            reason = error.__cause__ or error
+            raise CannotStart(f"Cannot use {path} as the catalogue ({reason}): {remedy}") from error
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if version > len(MIGRATIONS):
+            raise CannotStart("a newer version of this program made it, which is needed to use it")
+        if tables and not version:
+            raise CannotStart("it is the database of another program")
+        for statement in "; ".join(MIGRATIONS[version:]).split(";"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self._path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        return connection
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection; the one place where SQLite's errors become the service's own."""
+        connection = None
+        try:
+            connection = self._idle.pop() if self._idle else self._open()
+            yield connection
+        except sqlite3.Error as error:
+            if connection:
+                connection.close()
+                connection = None
+            known = {"disk is full": StorageFull, "is locked": Unavailable}
+            found = [kind for words, kind in known.items() if words in str(error)]
+            raise (found or [Damaged])[0]() from error
+        finally:
+            if connection and self._closed:
+                connection.close()
+            elif connection:
+                self._idle.append(connection)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection with SQLite's one write lock; at the end all is on the disk."""
+        with self._writing, self._connection() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            finally:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+
+    def _row(self, sql: str, **values: object) -> Any:
+        with self._connection() as connection:
+            return connection.execute(sql, values).fetchone()
+
+    def _image_row(self, columns: str, tenant: str, image_id: str) -> Any:
+        row = self._row(f"SELECT {columns} {ONE}", tenant=tenant, id=image_id)
+        if not row:
+            raise NoSuchImage(image_id)
+        return row
+
+    def close(self) -> None:
+        """Close all connections; those that are lent close when they come back."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()
+
+    def add(self, tenant: str, label: str, fw_version: str) -> tuple[str, str]:
+        """Add an image; return its id and when it was created."""
+        image_id = str(uuid.uuid4())
+        values = {"id": image_id, "tenant": tenant, "label": label, "fw_version": fw_version}
+        with self._transaction() as connection:
+            now = now_text()  # under the write lock, so that created is in order
+            precedence = semver_key(fw_version)
+            connection.execute(ADD, {**values, "precedence": precedence, "now": now})
+        return image_id, now
+
+    def get(self, tenant: str, image_id: str) -> Image:
+        return Image(*self._image_row(COLUMNS, tenant, image_id))
+
+    def get_json(self, tenant: str, image_id: str) -> str:
+        """Return the image object, with the layout of its Intel HEX if it has one."""
+        return str(self._image_row(WITH_REPORT, tenant, image_id)[0])
+
+    def tenant(self, image_id: str) -> str:
+        """Return whose image it is; for signed links alone, which name no tenant."""
+        row = self._row("SELECT tenant FROM image WHERE id = :id", id=image_id)
+        if not row:
+            raise NoSuchImage(image_id)
+        return str(row[0])
+
+    def list_json(
+        self, tenant: str, filters: Mapping[str, object], limit: int = -1, offset: int = 0
+    ) -> str:
+        """Return the tenant's images that pass all filters (of FILTERS), oldest first."""
+        sql = LIST.format(item=IMAGE_JSON, filters="".join(FILTERS[name] for name in filters))
+        return str(self._row(sql, tenant=tenant, limit=limit, offset=offset, **filters)[0])
+
+    def list_files_json(self, tenant: str) -> str:
+        """Return the names of the tenant's .hex files, oldest image first."""
+        sql = LIST.format(item="json_quote(id || '.hex')", filters=FILTERS["confirmed"])
+        return str(self._row(sql, tenant=tenant, confirmed=1, limit=-1, offset=0)[0])
+
+    def count(self, tenant: str, filters: Mapping[str, object]) -> int:
+        sql = COUNT.format(filters="".join(FILTERS[name] for name in filters))
+        return int(self._row(sql, tenant=tenant, **filters)[0])
+
+    def latest(self, tenant: str, label: str) -> tuple[str, str, str] | None:
+        """Return version, semver_key and object of the newest image that has a binary."""
+        return self._row(LATEST, tenant=tenant, label=label)  # type: ignore[no-any-return]
+
+    def change(self, tenant: str, image_id: str, label: str | None, fw_version: str | None) -> None:
+        """Set what is not None."""
+        precedence = None if fw_version is None else semver_key(fw_version)
+        values = {"id": image_id, "tenant": tenant, "label": label, "fw_version": fw_version}
+        with self._transaction() as connection:
+            values |= {"precedence": precedence, "now": now_text()}
+            if not connection.execute(CHANGE, values).rowcount:
+                raise NoSuchImage(image_id)
+
+    def confirm(
+        self,
+        tenant: str,
+        image_id: str,
+        binary: Binary,
+        publish: Callable[[], None],
+        withdraw: Callable[[], None],
+    ) -> None:
+        """Publish the files of a binary and record it, with no other upload in between.
+
+        The same bytes may be published again, which mends damaged files. Where recording fails
+        after publish(), withdraw() undoes it. Raises BinaryExists where others are recorded.
+        """
+        key = {"id": image_id, "tenant": tenant}
+        published = False
+        try:
+            with self._transaction() as connection:
+                row = connection.execute(f"SELECT confirmed, sha256 {ONE}", key).fetchone()
+                if not row:
+                    raise NoSuchImage(image_id)
+                if row[0] and row[1] != binary.sha256:
+                    raise BinaryExists
+                published = True
+                publish()
+                connection.execute(CONFIRM, {**key, **binary._asdict(), "now": now_text()})
+        except BaseException:
+            if published:
+                self.unless_confirmed(image_id, withdraw)
+            raise
+
+    def clear(self, tenant: str, image_id: str) -> None:
+        """Record that an image has no binary any more, if it had one."""
+        with self._transaction() as connection:
+            key = {"id": image_id, "tenant": tenant, "now": now_text()}
+            changed = connection.execute(CLEAR, key).rowcount
+            if not changed and not connection.execute(f"SELECT 1 {ONE}", key).fetchone():
+                raise NoSuchImage(image_id)
+
+    def remove(self, tenant: str, image_id: str) -> str:
+        """Remove an image; return the object that it was."""
+        with self._transaction() as connection:
+            key = {"id": image_id, "tenant": tenant}
+            row = connection.execute(f"SELECT {IMAGE_JSON} {ONE}", key).fetchone()
+            if not row:
+                raise NoSuchImage(image_id)
+            connection.execute(f"DELETE {ONE}", key)
+        return str(row[0])
+
+    def unless_confirmed(self, image_id: str, action: Callable[[], None]) -> None:
+        """Do something to an image's files while no upload can record a binary of it."""
+        sql = "SELECT 1 FROM image WHERE id = ? AND confirmed = 1"
+        with self._transaction() as connection:
+            if not connection.execute(sql, (image_id,)).fetchone():
+                action()
+
+    def confirmed(self) -> list[Image]:
+        """Return all tenants' images that have a binary."""
+        with self._connection() as connection:
+            rows = connection.execute(f"SELECT {COLUMNS} FROM image WHERE confirmed = 1")
+            return [Image(*row) for row in rows]
+
+    def ever_used(self) -> bool:
+        """Tell whether there ever was an image."""
+        return self._row("SELECT 1 FROM sqlite_sequence WHERE seq > 0") is not None
+
+    def total(self) -> int:
+        """Return how many images all tenants have."""
+        return int(self._row("SELECT count(*) FROM image")[0])
+
+    def copy_to(self, path: Path) -> None:
+        """Write a consistent copy, while the catalogue is in use."""
+        with self._connection() as connection, contextlib.closing(sqlite3.connect(path)) as copy:
+            connection.backup(copy)
+
+
+def now_text() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+
+
+# ------------------------------------------------------------------------------------- binaries
+
+
+def require_space(folder: Path, size: int = 0) -> None:
+    """Raise StorageFull unless that many bytes fit the disk with RESERVE to spare."""
+    with telling_full():
+        if shutil.disk_usage(folder).free - RESERVE < size:
+            raise StorageFull
+
+
+class Excerpt:
+    """A read-only file: pieces of a stored file, the gaps between filled, cut to a range.
+
+    Made for a WSGI server's file wrapper: it ends where the range ends whatever the server does,
+    and gives a block at a time, so that a window over a wide gap takes no memory.
+    """
+
+    def __init__(self, file: io.FileIO, pieces: list[Extent], size: int, fill: bytes) -> None:
+        self._file, self._pieces, self._fill = file, pieces, fill
+        self._begin, self._at, self._end = 0, 0, size
+
+    def narrow(self, begin: int, end: int) -> None:
+        """Cut to the bytes from `begin` to before `end`."""
+        self._begin, self._at, self._end = begin, begin, end
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at - self._begin
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = (self._begin, self._at, self._end)[whence] + offset
+        return self.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes: not more than BLOCK, and none at the end only."""
+        left = min(self._end - self._at, BLOCK, BLOCK if size < 0 else size)
+        blocks = []
+        while left > 0:
+            index = bisect.bisect_right(self._pieces, self._at, key=operator.itemgetter(0)) - 1
+            address, length, offset = self._pieces[index] if index >= 0 else (0, 0, 0)
+            inside = self._at - address
+            if inside < length:
+                block = self._stored(offset + inside, min(left, length - inside))
+            else:
+                following = self._pieces[index + 1 : index + 2]
+                gap = following[0].address - self._at if following else left
+                block = self._fill * min(left, gap)
+            blocks.append(block)
+            self._at += len(block)
+            left -= len(block)
+        return b"".join(blocks)
+
+    def _stored(self, offset: int, size: int) -> bytes:
+        if hasattr(os, "pread"):
+            block = os.pread(self._file.fileno(), size, offset)
+        else:  # Windows
+            self._file.seek(offset)
+            block = self._file.read(size)
+        if len(block) < size:  # without an error the server would wait for the rest for ever
+            raise OSError(errno.EIO, "A binary was cut off while it was read")
+        return block
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def joined_excerpt(file: io.FileIO, extents: list[Extent]) -> Excerpt:
+    """Return extents of a file one after the other, without the gaps."""
+    pieces, size = [], 0
+    for extent in extents:
+        pieces.append(extent._replace(address=size))
+        size += extent.size
+    return Excerpt(file, pieces, size, b"")
+
+
+class Upload:
+    """A binary on its way in: files in tmp/ until they are published."""
+
+    def __init__(self, folder: Path, limit: int, check: bool, require: bool) -> None:
+        self._folder, self._limit, self._check, self._require = folder, limit, check, require
+        self._hash, self._size = hashlib.sha256(), 0
+        self._reader: HexReader | None = None
+        self._files: dict[str, io.BufferedWriter] = {}
+        self.paths: dict[str, Path] = {}  # by the suffix they will have
+        self._create(".hex")
+
+    def _create(self, suffix: str) -> None:
+        handle, name = tempfile.mkstemp(suffix, dir=self._folder)
+        self.paths[suffix], self._files[suffix] = Path(name), open(handle, "wb")
+
+    def write(self, block: bytes) -> None:
+        """Take the next bytes; raises TooLarge, StorageFull, or BadRequest for a faulty file."""
+        if not self._size and block.startswith(b":"):
+            self._reader = HexReader()
+            self._create(".bin")
+        if not self._size and self._require and not self._reader:
+            raise BadRequest("Not an Intel HEX file")
+        self._size += len(block)
+        if self._size > self._limit:
+            raise TooLarge(self._limit)
+        self._hash.update(block)
+        self._store(".hex", block)
+        if self._reader:
+            self._read(self._reader.feed, block)
+
+    def _read(self, step: Callable[..., bytes], *block: bytes) -> None:
+        try:
+            self._store(".bin", step(*block))
+        except HexFault as fault:
+            if self._check:
+                raise BadRequest(f"Corrupt Intel HEX: {fault}") from fault
+            self._reader = None
+            self._drop(".bin")
+
+    def _store(self, suffix: str, block: bytes) -> None:
+        require_space(self._folder, len(block))
+        self._files[suffix].write(block)
+
+    def finish(self) -> Binary:
+        """Bring all of it to the disk; return what it is. Raises what write() does."""
+        if not self._size:
+            self.write(b"")
+        if self._reader:
+            self._read(self._reader.finish)
+        layout = self._reader.layout() if self._reader else None
+        if layout:
+            self._put_in_order(layout.extents)
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        report = json.dumps(layout.report()) if layout else None
+        segments = json.dumps(layout.segments()) if layout else None
+        return Binary(self._size, self._hash.hexdigest(), report, segments)
+
+    def _put_in_order(self, extents: list[Extent]) -> None:
+        """Write the .bin anew where the file was not in the order of its addresses."""
+        ends = itertools.accumulate(extent.size for extent in extents)
+        if all(extent.offset + extent.size == end for extent, end in zip(extents, ends)):
+            return
+        self._files[".bin"].close()
+        unordered = self.paths[".bin"]
+        try:
+            self._create(".bin")
+            with open(unordered, "rb", buffering=0) as file:
+                for block in iter(joined_excerpt(file, extents).read, b""):
+                    self._store(".bin", block)
+        finally:
+            unordered.unlink()
+
+    def _drop(self, suffix: str) -> None:
+        try:
+            self._files.pop(suffix).close()
+        finally:
+            self.paths.pop(suffix).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Remove what was not published."""
+        for suffix in list(self.paths):
+            with contextlib.suppress(OSError):  # what stays is removed at the next start
+                self._drop(suffix)
+
+
+class BinaryStore:
+    """The binaries as files, whole or not at all, named by the image's id."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folders unless they are there; raises CannotStart."""
+        self.folder, self.uploads = folder / "binaries", folder / "tmp"
+        make_folder(self.folder)
+        make_folder(self.uploads)
+        sync_folder(folder)
+
+    @contextlib.contextmanager
+    def receive(self, limit: int, check: bool = True, require: bool = False) -> Iterator[Upload]:
+        """Lend an upload of at most `limit` bytes; what is not published is gone at the end.
+
+        `check` refuses Intel HEX that is not sound, `require` all that is no Intel HEX.
+        """
+        with telling_full(), contextlib.closing(Upload(self.uploads, limit, check, require)) as new:
+            yield new
+
+    def publish(self, upload: Upload, image_id: str) -> None:
+        """Give the files of a finished upload their names, for good."""
+        for suffix in sorted(upload.paths):  # the .bin first: where a .hex is, all is
+            os.replace(upload.paths[suffix], self.path(image_id, suffix))
+        sync_folder(self.folder)
+        upload.paths.clear()
+
+    def remove(self, image_id: str) -> None:
+        """Remove the files of an image, if there are any."""
+        for suffix in (".hex", ".bin"):
+            with contextlib.suppress(PermissionError):  # Windows: being read; swept later
+                self.path(image_id, suffix).unlink(missing_ok=True)
+
+    def path(self, image_id: str, suffix: str) -> Path:
+        return self.folder / (image_id + suffix)
+
+    def open(self, image_id: str, suffix: str, size: int) -> io.FileIO:
+        """Open a file for reading; raises Damaged where it is missing or has another size."""
+        found = "missing"
+        with contextlib.suppress(FileNotFoundError):
+            file = open(self.path(image_id, suffix), "rb", buffering=0)
+            actual = os.fstat(file.fileno()).st_size
+            if actual == size:
+                return file
+            file.close()
+            found = f"{actual} bytes long instead of {size}"
+        remedy = "upload the same file again to restore it"
+        raise Damaged(f"The {suffix[1:]} file of image {image_id} is {found}: {remedy}")
+
+    def check(self) -> None:
+        """Write a file that is gone at once; raises StorageFull or OSError."""
+        require_space(self.uploads)
+        with telling_full(), tempfile.TemporaryFile(dir=self.uploads) as file:
+            file.write(bytes(4 * KIB))
+            file.flush()
+
+
+# ------------------------------------------------------------------------------------- HTTP
+# `environ` is a request as WSGI (PEP 3333) has it.
+
+ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
+JSON_WANTED = "Payload must be valid JSON, and Content-Type set accordingly"
+FORM_WANTED = "Payload must be valid multipart/form-data"
+ADDRESS = "[0-9]{1,18}|0[xX][0-9a-fA-F]{1,15}"
+
+
+class Validators(NamedTuple):
+    """What conditions are about: an entity tag, and a time in seconds since the epoch."""
+
+    etag: str
+    modified: int
+
+
+def http_date(environ: Mapping[str, str], name: str) -> float | None:
+    """Return the time in a header, None if there is none or it is no date: RFC 9110, 5.6.7."""
+    try:
+        moment = email.utils.parsedate_to_datetime(environ.get(name, ""))
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+    return moment.replace(tzinfo=timezone.utc).timestamp()
+
+
+def not_modified(environ: Mapping[str, str], current: Validators) -> bool:
+    """Tell whether the answer to a GET or HEAD is 304, by the order of RFC 9110, 13.2.2.
+
+    Raises PreconditionFailed.
+    """
+    if_match, if_none_match = environ.get("HTTP_IF_MATCH"), environ.get("HTTP_IF_NONE_MATCH")
+    unmodified = http_date(environ, "HTTP_IF_UNMODIFIED_SINCE")
+    if if_match is not None:
+        # The strong comparison: a weak tag is not the same as any.
+        if if_match.strip() != "*" and current.etag not in ENTITY_TAG.findall(if_match):
+            raise PreconditionFailed
+    elif unmodified is not None and current.modified > unmodified:
+        raise PreconditionFailed
+    if if_none_match is not None:
+        tags = [tag.removeprefix("W/") for tag in ENTITY_TAG.findall(if_none_match)]
+        return if_none_match.strip() == "*" or current.etag in tags
+    modified = http_date(environ, "HTTP_IF_MODIFIED_SINCE")
+    return modified is not None and current.modified <= modified
+
+
+def requested_range(environ: Mapping[str, str], current: Validators, size: int) -> range | None:
+    """Return the bytes that a GET asks for, None for all of them: RFC 9110, 14.2.
+
+    Anything but one sound range of bytes is ignored, as is one whose If-Range does not hold.
+    Raises RangeNotSatisfiable.
+    """
+    if_range = environ.get("HTTP_IF_RANGE", current.etag).strip()
+    if if_range != current.etag and http_date(environ, "HTTP_IF_RANGE") != current.modified:
+        return None
+    header = environ.get("HTTP_RANGE", "")
+    match = re.fullmatch("bytes= *([0-9]*)-([0-9]*) *", header, re.IGNORECASE)
+    if not match or match[1] == match[2] == "":
+        return None
+    # 19 digits are past the end of anything, and int() raises above 4,300.
+    ends = [int(text.lstrip("0")[:19] or 0) if text else None for text in match.groups()]
+    first, last = ends
+    if first is None:
+        asked = range(max(size - (last or 0), 0), size)
+    elif last is not None and last < first:
+        return None
+    else:
+        asked = range(first, size if last is None else min(last + 1, size))
+    if not asked:
+        raise RangeNotSatisfiable(size)
+    return asked
+
+
+def parse_query(environ: Mapping[str, Any]) -> dict[str, str]:
+    """Return the parameters of a query; raises BadRequest for one given twice, or no UTF-8."""
+    try:
+        raw = environ.get("QUERY_STRING", "").encode("latin-1").decode()
+        pairs = urllib.parse.parse_qsl(raw, keep_blank_values=True, errors="strict")
+    except ValueError as error:
+        raise BadRequest from error
+    query = dict(pairs)
+    if len(query) < len(pairs):
+        raise BadRequest
+    return query
+
+
+def parse_number(text: str, low: int, high: int, form: str = "[0-9]{1,18}") -> int:
+    """Return the number in a query's value; raises BadRequest unless it lies in low to high."""
+    if not re.fullmatch(form, text):
+        raise BadRequest
+    value = int(text, 16 if "x" in text.lower() else 10)
+    if not low <= value <= high:
+        raise BadRequest
+    return value
+
+
+def body_blocks(environ: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the body; raises BadRequest where it ends early, LengthRequired where it has no end."""
+    length, stream = environ.get("CONTENT_LENGTH"), environ["wsgi.input"]
+    chunked = environ.get("HTTP_TRANSFER_ENCODING") and environ.get("wsgi.input_terminated")
+    if not length and not chunked:
+        raise LengthRequired
+    if length and not re.fullmatch("[0-9]{1,18}", length):
+        raise BadRequest("Content-Length takes a number")
+    left = int(length or 1 << 62)
+    while left:
+        block = stream.read(min(BLOCK, left))
+        if not block and length:
+            raise BadRequest("The body ended before its Content-Length")
+        if not block:
+            return
+        left -= len(block)
+        yield block
+
+
+def parse_json(environ: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON object in the body; raises BadRequest, TooLarge."""
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a member twice")
+        return dict(pairs)
+
+    def constant(name: str) -> None:
+        raise ValueError(name)  # NaN and Infinity are Python's own
+
+    body = b""
+    try:
+        for block in body_blocks(environ):
+            body += block
+            if len(body) > JSON_LIMIT:
+                raise TooLarge(JSON_LIMIT)
+        value = json.loads(body.decode(), object_pairs_hook=members, parse_constant=constant)
+    except (ValueError, RecursionError, LengthRequired) as error:
+        raise BadRequest(JSON_WANTED) from error
+    kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+    if kind != "application/json" or not isinstance(value, dict):
+        raise BadRequest(JSON_WANTED)
+    return value
+
+
+def file_in_form(environ: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the content of the file `image` in a form as it is read; raises BadRequest.
+
+    What is wrong after the file is raised after its content: store nothing before the end.
+    """
+    kind, options = multipart.parse_options_header(environ.get("CONTENT_TYPE", ""))
+    found, others, inside = False, False, False
+    try:
+        if kind != "multipart/form-data":
+            raise BadRequest(FORM_WANTED)
+        parser = multipart.PushMultipartParser(options.get("boundary", ""), max_segment_count=100)
+        for block in itertools.chain(body_blocks(environ), [b""]):  # b"" ends the form
+            for event in parser.parse(block):
+                if isinstance(event, multipart.MultipartSegment):
+                    is_file = event.filename is not None
+                    inside = is_file and event.name == "image"
+                    others |= is_file and not inside
+                    if inside:
+                        check_file_name(event.filename, found)
+                    found |= inside
+                elif event and inside:
+                    yield bytes(event)
+    except (multipart.MultipartError, LengthRequired) as error:
+        raise BadRequest(FORM_WANTED) from error
+    if not found:
+        raise BadRequest(
+            "File form does not have an image field" if others else "Payload must contain a file"
+        )
+
+
+def check_file_name(name: str, found: bool) -> None:
+    if found:
+        raise BadRequest("Payload must contain one file named image, not two")
+    if not name:
+        raise BadRequest("Filename empty")
+    if not name.lower().endswith(".hex"):
+        raise BadRequest("Invalid File")
+
+
+# ------------------------------------------------------------------------------------- routes
+
+PUBLIC = ""  # in the place of a right: looks at no token
+SMALL_RANGE = 64 * KIB  # bytes that are read at once; more are sent from the open file
+LARGEST_WINDOW = 256 * MIB
+
+
+class Route(NamedTuple):
+    """A line of the API. The right it needs has no default, so that no route can forget it."""
+
+    method: str
+    path: str
+    handler: str  # of Application: its first argument is the caller, the others are in the path
+    right: str
+    query: tuple[str, ...] = ()
+    takes: str = "nothing"  # of BODIES
+    gives: str = "Image"  # of SCHEMAS
+    answers: tuple[int, ...] = (200,)  # besides those that any route may give
+    by_link: bool = False  # a signed link will do instead of a token
+
+
+LABELS = ("label", "fw_version")  # what a client can set
+IMAGE, BINARY = "/image/<image_id>", "/image/<image_id>/binary"
+PAGE, WINDOW = ("limit", "offset"), ("format", "start", "end", "fill")
+ROUTES = (
+    Route("GET", "/health", "health", PUBLIC, gives="Health"),
+    Route("GET", "/openapi.json", "describe", PUBLIC, gives="Description"),
+    Route("GET", "/image", "list_images", READ, (*FILTERS, *PAGE), gives="Images"),
+    Route("POST", "/image", "create_image", WRITE, (), "image", "Created", (201, 507)),
+    Route("GET", "/image/binary", "list_binaries", READ, gives="Names"),
+    Route("GET", "/image/latest", "latest_image", READ, ("label", "current"),
+          answers=(200, 204, 404)),
+    Route("GET", IMAGE, "show_image", READ, answers=(200, 404)),
+    Route("PATCH", IMAGE, "change_image", WRITE, (), "image", answers=(200, 404)),
+    Route("DELETE", IMAGE, "delete_image", DELETE, gives="Removed", answers=(200, 404)),
+    Route("GET", BINARY, "download_binary", READ, WINDOW, gives="File",
+          answers=(200, 206, 304, 404, 412, 416, 422), by_link=True),
+    Route("POST", BINARY, "upload_form", WRITE, ("sha256", "validate"), "form", "Uploaded",
+          (200, 404, 409, 507)),
+    Route("PUT", BINARY, "upload_file", WRITE, ("sha256", "validate"), "file", "Uploaded",
+          (200, 404, 409, 411, 507)),
+    Route("DELETE", BINARY, "delete_binary", DELETE, gives="Result", answers=(200, 404)),
+    Route("POST", BINARY + "/link", "make_link", READ, (), "link", "Link", (200, 404)),
+)  # fmt: skip
+
+
+def answer(
+    content: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> bottle.HTTPResponse:
+    """Return a JSON answer; a string is JSON already."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    return bottle.HTTPResponse(text, status, headers)
+
+
+def as_service_error(error: bottle.HTTPError) -> ServiceError:
+    """Return what Bottle found itself: no such path, another method, or a bug."""
+    if error.status_code == 404:
+        return NotFound()
+    if error.status_code == 405:
+        allowed = set(error.headers["Allow"].split(","))
+        allowed |= {"HEAD"} if "GET" in allowed else set()
+        return MethodNotAllowed(headers={"Allow": ", ".join(sorted(allowed))})
+    return ServiceError()
+
+
+class Application:
+    """The service, as a WSGI application."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open the store in settings.data, making what is missing; raises CannotStart."""
+        self.settings = settings
+        make_folder(settings.data)
+        self.tokens = Tokens(settings, settings.jwt_secret or load_secret(settings.data))
+        self.binaries = BinaryStore(settings.data)
+        self.catalogue = Catalogue(settings.data / "image_manager.db")
+        self._bottle = bottle.Bottle()
+        self._bottle.default_error_handler = lambda error: self.tell(as_service_error(error))
+        for route in ROUTES:
+            self._bottle.route(route.path, route.method, self._guarded(route), route=route)
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        self._tidy(environ)
+        return self._bottle(environ, start_response)
+
+    def close(self) -> None:
+        self.catalogue.close()
+
+    # The way in, the same for all routes.
+
+    def _tidy(self, environ: dict[str, Any]) -> None:
+        """Take the prefix and a last slash off the path."""
+        path, prefix = environ.get("PATH_INFO", ""), self.settings.url_prefix
+        if prefix and (path + "/").startswith(prefix + "/"):
+            path = path[len(prefix) :]
+        if len(path) > 1 and path.endswith("/"):
+            path = path[:-1]
+        if not path.isascii():
+            # Bottle drops what is not UTF-8, so that /image/%FF would be /image/.
+            path = path.encode("latin-1").decode(errors="replace").encode().decode("latin-1")
+        environ["PATH_INFO"] = path
+
+    def _guarded(self, route: Route) -> Callable[..., bottle.HTTPResponse]:
+        """Return the handler of a route behind the check of who calls."""
+        handler = getattr(self, route.handler)
+
+        def guarded(**names: str) -> bottle.HTTPResponse:
+            environ, caller, status = bottle.request.environ, None, 500
+            try:
+                caller = self._check(route, environ, names)
+                response = handler(caller, **names)
+                status = response.status_code
+            except ServiceError as error:
+                response, status = self.tell(error), error.status
+            finally:
+                self._log(route, environ, caller, status)
+            return response
+
+        return guarded
+
+    def _check(self, route: Route, environ: Mapping[str, Any], names: dict[str, str]) -> Caller:
+        """Return who calls, if they may, looking at the header alone.
+
+        Raises Unauthorised, Forbidden, TooLarge, StorageFull.
+        """
+        if route.right == PUBLIC:
+            caller = Caller("", frozenset([PUBLIC]))
+        elif route.by_link and "signature" in (query := parse_query(environ)):
+            sha256, expires = self.tokens.verify_link(names["image_id"], query)
+            tenant = self.catalogue.tenant(names["image_id"])
+            caller = Caller(tenant, frozenset([READ]), expires=expires, sha256=sha256)
+        else:
+            caller = self.tokens.verify(environ.get("HTTP_AUTHORIZATION"))
+        if route.right not in caller.rights:
+            raise Forbidden(route.right)
+        announced = environ.get("CONTENT_LENGTH") or "0"
+        size = int(announced[:18]) if announced.isdecimal() else 0  # int() has its limit
+        if size > self._limit(route):
+            raise TooLarge(self._limit(route))
+        if route.takes in ("form", "file"):
+            require_space(self.binaries.uploads, size)
+        return caller
+
+    def _limit(self, route: Route) -> int:
+        """Return the largest body that a route takes, in bytes."""
+        largest = self.settings.max_upload
+        return {"file": largest, "form": largest + JSON_LIMIT}.get(route.takes, JSON_LIMIT)
+
+    def admit(self, environ: dict[str, Any]) -> int:
+        """Check a request before its body has come; return how many bytes that may have.
+
+        Raises the ServiceError that is the answer where the body is of no use.
+        """
+        self._tidy(environ)
+        try:
+            found, names = self._bottle.router.match(environ)
+        except bottle.HTTPError as error:
+            raise as_service_error(error) from error
+        route: Route = found.config["route"]
+        try:
+            self._check(route, environ, names)
+        except ServiceError as error:
+            self._log(route, environ, None, error.status)
+            raise
+        return self._limit(route)
+
+    def tell(self, error: ServiceError) -> bottle.HTTPResponse:
+        """Return the answer that an error is."""
+        if error.status in (500, 503):
+            log.error("%s (%s)", error, error.__cause__)
+        # Without this a cache may keep a 404 as long as it likes: RFC 9111, 4.2.2.
+        headers = {"Cache-Control": "no-store", **error.headers}
+        return answer(error.body(), error.status, headers)
+
+    def _log(
+        self, route: Route, environ: Mapping[str, Any], caller: Caller | None, status: int
+    ) -> None:
+        """Log a request that changes something, or would have."""
+        if route.right not in (WRITE, DELETE):
+            return
+        tenant, subject = (caller.tenant, caller.subject) if caller else (None, None)
+        path = urllib.parse.quote(environ["PATH_INFO"])
+        parts = json.dumps(tenant), json.dumps(subject)[:200], route.method, path[:200], status
+        log.info("tenant=%s sub=%s %s %s %s", *parts)
+
+    def _path(self, *parts: str) -> str:
+        return "/".join([self.settings.url_prefix, *parts])
+
+    # Images. A handler's docstring is its description in /openapi.json.
+
+    def health(self, caller: Caller) -> bottle.HTTPResponse:
+        """Tell whether the service can read its catalogue and write in its folder."""
+        try:
+            self.catalogue.total()
+            self.binaries.check()
+        except (ServiceError, OSError) as error:
+            raise Unavailable(f"Not healthy: {error}") from error
+        return answer({"status": "ok"})
+
+    def describe(self, caller: Caller) -> bottle.HTTPResponse:
+        """Describe this API, as OpenAPI 3.1."""
+        return answer(describe_api(self.settings.url_prefix))
+
+    def list_images(self, caller: Caller) -> bottle.HTTPResponse:
+        """List the images, oldest first; with limit in pages."""
+        query = parse_query(bottle.request.environ)
+        filters: dict[str, object] = {}
+        for name, value in query.items():
+            if name == "confirmed" and value in ("true", "false"):
+                filters[name] = int(value == "true")
+            elif name in ("label", "fw_version") and not text_faults(value):
+                filters[name] = value
+            elif name not in PAGE or "limit" not in query:
+                raise BadRequest
+        if "limit" not in query:
+            return answer(self.catalogue.list_json(caller.tenant, filters))
+        limit = parse_number(query["limit"], 1, 1000)
+        offset = parse_number(query.get("offset", "0"), 0, 10**18)
+        total = self.catalogue.count(caller.tenant, filters)
+        pages = {"next": offset + limit if offset + limit < total else None}
+        pages["prev"] = max(offset - limit, 0) if offset else None
+        links = [
+            f"<{self._path('image')}?{urllib.parse.urlencode({**query, 'offset': begin})}>"
+            f'; rel="{relation}"'
+            for relation, begin in pages.items()
+            if begin is not None
+        ]
+        headers = {"X-Total-Count": str(total)} | ({"Link": ", ".join(links)} if links else {})
+        listed = self.catalogue.list_json(caller.tenant, filters, limit, offset)
+        return answer(listed, headers=headers)
+
+    def create_image(self, caller: Caller) -> bottle.HTTPResponse:
+        """Create an image, to which a binary can then be uploaded."""
+        members = parse_json(bottle.request.environ)
+        missing = ["Missing data for required field."]
+        errors: dict[str, list[str]] = {
+            name: text_faults(members[name]) if name in members else missing for name in LABELS
+        }
+        if any(errors.values()):
+            raise FaultyImage({name: faults for name, faults in errors.items() if faults})
+        require_space(self.binaries.uploads)
+        label = members["label"]
+        image_id, created = self.catalogue.add(caller.tenant, label, members["fw_version"])
+        url = self._path("image", image_id)
+        shown = {"id": image_id, "label": label, "published_at": created, "url": url}
+        return answer(shown, 201, {"Location": url})
+
+    def list_binaries(self, caller: Caller) -> bottle.HTTPResponse:
+        """List the file names of the binaries, oldest image first."""
+        return answer(self.catalogue.list_files_json(caller.tenant))
+
+    def latest_image(self, caller: Caller) -> bottle.HTTPResponse:
+        """Show a label's image with the highest version that has a binary; 204: current has it."""
+        query = parse_query(bottle.request.environ)
+        if not {"label"} <= set(query) <= {"label", "current"} or not all(query.values()):
+            raise BadRequest
+        found = self.catalogue.latest(caller.tenant, query["label"])
+        if not found:
+            raise NotFound("No image with this label has a binary")
+        version, key, shown = found
+        current = query.get("current", "")
+        if current and (semver_key(current) >= key if semver_key(current) else current == version):
+            return bottle.HTTPResponse(status=204)
+        return answer(shown)
+
+    def show_image(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+        """Show an image."""
+        return answer(self.catalogue.get_json(caller.tenant, image_id))
+
+    def change_image(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+        """Change the label, the version or both."""
+        members = parse_json(bottle.request.environ)
+        changes = {name: members[name] for name in LABELS if name in members}
+        if not changes:
+            raise FaultyImage({"_schema": ["Nothing to change."]})
+        errors = {name: faults for name, value in changes.items() if (faults := text_faults(value))}
+        if errors:
+            raise FaultyImage(errors)
+        label, fw_version = changes.get("label"), changes.get("fw_version")
+        self.catalogue.change(caller.tenant, image_id, label, fw_version)
+        return self.show_image(caller, image_id)
+
+    # Binaries. Here the two stores meet, in an order that survives a power cut:
+    #   upload    1. the files under passing names, synced  2. under the catalogue's write lock
+    #             their own names, the folder synced, then the row, synced  3. the answer
+    #   deletion  1. the row, synced  2. under the write lock, unless another upload was faster,
+    #             the files  3. the answer
+
+    def delete_image(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+        """Delete an image and its binary."""
+        removed = self.catalogue.remove(caller.tenant, image_id)
+        self.catalogue.unless_confirmed(image_id, lambda: self.binaries.remove(image_id))
+        return answer(f'{{"removed_image": {removed}, "result": "ok"}}')
+
+    def delete_binary(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+        """Delete the binary; that there is none is no error, so that a retry succeeds."""
+        self.catalogue.clear(caller.tenant, image_id)
+        self.catalogue.unless_confirmed(image_id, lambda: self.binaries.remove(image_id))
+        return answer({"result": "ok"})
+
+    def upload_form(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+        """Upload the binary as the file `image` of a form."""
+        return self._upload(caller, image_id, file_in_form(bottle.request.environ))
+
+    def upload_file(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+        """Upload the binary as the body."""
+        return self._upload(caller, image_id, body_blocks(bottle.request.environ))
+
+    def _upload(
+        self, caller: Caller, image_id: str, blocks: Iterable[bytes]
+    ) -> bottle.HTTPResponse:
+        query = parse_query(bottle.request.environ)
+        wanted, validate = query.get("sha256"), query.get("validate", "true")
+        if wanted is not None and not re.fullmatch("[0-9a-fA-F]{64}", wanted):
+            raise BadRequest
+        if validate not in ("true", "false"):
+            raise BadRequest
+        self.catalogue.get(caller.tenant, image_id)
+        limit, require = self.settings.max_upload, self.settings.require_intel_hex
+        with self.binaries.receive(limit, validate == "true", require) as upload:
+            for block in blocks:
+                upload.write(block)
+            binary = upload.finish()
+            if wanted and wanted.lower() != binary.sha256:
+                raise BadRequest(f"The SHA-256 of what was received is {binary.sha256}")
+            publish = functools.partial(self.binaries.publish, upload, image_id)
+            withdraw = functools.partial(self.binaries.remove, image_id)
+            self.catalogue.confirm(caller.tenant, image_id, binary, publish, withdraw)
+        return answer({"image": image_id, "message": "image uploaded"})
+
+    def download_binary(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+        """Download the binary or a range of it; format=bin gives the raw bytes of Intel HEX."""
+        environ = bottle.request.environ
+        reading = environ["REQUEST_METHOD"] == "GET"
+        image, excerpt, size, headers = self._open(caller, image_id, parse_query(environ))
+        stored = int(datetime.fromisoformat(image.stored).timestamp())
+        current = Validators(headers["ETag"], stored)
+        headers["Last-Modified"] = email.utils.formatdate(stored, usegmt=True)
+        headers["Accept-Ranges"] = "bytes"
+        headers["Cache-Control"] = "private, no-cache"
+        if caller.sha256:
+            left = max(int(caller.expires - time.time()), 0)
+            headers["Cache-Control"] = f"public, max-age={left}, immutable"
+        with contextlib.ExitStack() as closing:
+            closing.callback(excerpt.close)
+            if not_modified(environ, current):
+                return bottle.HTTPResponse("", 304, headers)
+            asked = requested_range(environ, current, size) if reading else None
+            begin, end = (asked.start, asked.stop) if asked else (0, size)
+            headers["Content-Type"] = "application/octet-stream"
+            headers["Content-Length"] = str(end - begin)
+            if asked:
+                headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
+            excerpt.narrow(begin, end)
+            content: bytes | Excerpt = b""
+            if reading and end - begin <= SMALL_RANGE:
+                content = excerpt.read()
+            elif reading:
+                content = excerpt
+                closing.pop_all()  # the server closes it
+            return bottle.HTTPResponse(content, 206 if asked else 200, headers)
+
+    def _open(
+        self, caller: Caller, image_id: str, query: Mapping[str, str]
+    ) -> tuple[Image, Excerpt, int, dict[str, str]]:
+        """Return an image, what is asked for of its binary, the size of that, and its headers."""
+        image = self.catalogue.get(caller.tenant, image_id)
+        if not image.confirmed or caller.sha256 not in ("", image.sha256):
+            raise NoBinary
+        damaged, opened = None, None
+        try:
+            opened = (self._window if query.keys() & set(WINDOW) else self._file)(image, query)
+        except Damaged as error:
+            damaged = error
+        # The file may be that of another upload, or gone, since the row was read.
+        if self.catalogue.get(caller.tenant, image_id) != image:
+            if opened:
+                opened[0].close()
+            return self._open(caller, image_id, query)
+        if not opened:
+            raise damaged or Damaged
+        return (image, *opened)
+
+    def _file(self, image: Image, _: Mapping[str, str]) -> tuple[Excerpt, int, dict[str, str]]:
+        """Open a binary as it was uploaded."""
+        digest = base64.b64encode(bytes.fromhex(image.sha256)).decode()
+        headers = {
+            "Content-Disposition": f'attachment; filename="{image.id}.hex"',
+            "ETag": f'"{image.sha256}"',
+            "Repr-Digest": f"sha-256=:{digest}:",
+        }
+        file = self.binaries.open(image.id, ".hex", image.size)
+        return Excerpt(file, [Extent(0, image.size, 0)], image.size, b""), image.size, headers
+
+    def _window(
+        self, image: Image, query: Mapping[str, str]
+    ) -> tuple[Excerpt, int, dict[str, str]]:
+        """Open the raw bytes between two addresses; raises BadRequest, Unprocessable."""
+        if query.get("format") != "bin":
+            raise BadRequest
+        segments = json.loads(image.segments or "[]")
+        asked = {
+            name: parse_number(query[name], 0, 0xFF if name == "fill" else 1 << 32, ADDRESS)
+            for name in ("start", "end", "fill")
+            if name in query
+        }
+        if not segments:
+            raise Unprocessable
+        start, end = asked.get("start", segments[0][0]), asked.get("end", sum(segments[-1]))
+        fill = asked.get("fill", 0xFF)
+        if start >= end and len(asked.keys() & {"start", "end"}) == 2:
+            raise BadRequest
+        pieces, offset = [], 0
+        for address, size in segments:
+            begin, stop = max(address, start), min(address + size, end)
+            if begin < stop:
+                pieces.append(Extent(begin - start, stop - begin, offset + begin - address))
+            offset += size
+        if not pieces or end - start > LARGEST_WINDOW:
+            where = [f"{hex_address(at)} to {hex_address(at + size)}" for at, size in segments]
+            raise Unprocessable(
+                f"A window has at most {LARGEST_WINDOW} bytes, and some of the data in it. "
+                f"Choose it with start and end; the data are at {', '.join(where[:10])}"
+                + f" and {len(where) - 10} more places" * (len(where) > 10)
+            )
+        headers = {
+            "Content-Disposition": f'attachment; filename="{image.id}.bin"',
+            "ETag": f'"{image.sha256}-{start:x}-{end:x}-{fill:02x}"',
+            "X-Load-Address": hex_address(start),
+        }
+        file = self.binaries.open(image.id, ".bin", offset)
+        return Excerpt(file, pieces, end - start, bytes([fill])), end - start, headers
+
+    def make_link(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+        """Make a link that downloads the binary without a token until it expires."""
+        environ, seconds = bottle.request.environ, 3600
+        if (environ.get("CONTENT_LENGTH") or "0") != "0":
+            seconds = parse_json(environ).get("expires_in", seconds)
+        if type(seconds) is not int or not 1 <= seconds <= LONGEST_LINK:
+            raise BadRequest(f"expires_in takes a whole number of seconds from 1 to {LONGEST_LINK}")
+        image = self.catalogue.get(caller.tenant, image_id)
+        if not image.confirmed:
+            raise NoBinary
+        expires = int(min(time.time() + seconds, caller.expires))
+        host = environ.get("HTTP_HOST") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
+        if not re.fullmatch(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?", host, re.ASCII):
+            raise BadRequest("The Host header names no host")
+        base = self.settings.public_url or f"{environ['wsgi.url_scheme']}://{host}"
+        path = self._path("image", image_id, "binary")
+        moment = datetime.fromtimestamp(expires, timezone.utc)
+        shown = {"url": f"{base}{path}?{self.tokens.sign(image_id, image.sha256, expires)}"}
+        return answer({**shown, "expires": moment.isoformat(timespec="microseconds")})
+
+
+TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
+TIME = {**TEXT, "format": "date-time"}
+NAMES = dict.fromkeys(LABELS, {**TEXT, "minLength": 1, "maxLength": 128})
+
+
+def schema(required: dict[str, Any], **others: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": required | others, "required": list(required)}
+
+
+SCHEMAS = {
+    "Image": schema(
+        {"id": TEXT, **NAMES, "created": TIME, "confirmed": {"type": "boolean"}},
+        updated=TIME, size=WHOLE, sha256=TEXT, hex={"type": "object"},
+    ),
+    "Images": {"type": "array", "items": {"$ref": "#/components/schemas/Image"}},
+    "Names": {"type": "array", "items": TEXT},
+    "Created": schema({"id": TEXT, "label": TEXT, "published_at": TIME, "url": TEXT}),
+    "Removed": schema({"result": TEXT, "removed_image": {"$ref": "#/components/schemas/Image"}}),
+    "Uploaded": schema({"image": TEXT, "message": TEXT}),
+    "Result": schema({"result": TEXT}),
+    "Link": schema({"url": TEXT, "expires": TIME}),
+    "Health": schema({"status": TEXT}),
+    "Description": {"type": "object"},
+    "Error": schema({"message": TEXT}, status=WHOLE, errors={"type": "object"}),
+}  # fmt: skip
+BODIES = {
+    "image": ("application/json", schema({}, **NAMES)),
+    "link": ("application/json", schema({}, expires_in={**WHOLE, "maximum": LONGEST_LINK})),
+    "form": ("multipart/form-data", schema({"image": {**TEXT, "format": "binary"}})),
+    "file": ("application/octet-stream", {}),
+}
+
+
+def describe_api(prefix: str) -> dict[str, Any]:
+    """Return the API as OpenAPI 3.1, made from ROUTES and the handlers' docstrings."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        statuses = {500, 503, *route.answers}
+        statuses |= {400} if route.query or route.takes != "nothing" else set()
+        statuses |= {413} if route.takes != "nothing" else set()
+        statuses |= {401, 403} if route.right else set()
+        operation: dict[str, Any] = {
+            "operationId": route.handler,
+            "summary": getattr(Application, route.handler).__doc__,
+            "parameters": [{"name": name, "in": "query", "schema": TEXT} for name in route.query],
+            "responses": {str(status): response(route, status) for status in sorted(statuses)},
+            "security": [{"token": []}] if route.right else [],
+        }
+        if "<image_id>" in route.path:
+            where = {"name": "image_id", "in": "path", "required": True, "schema": TEXT}
+            operation["parameters"].append(where)
+        if route.takes in BODIES:
+            kind, content = BODIES[route.takes]
+            operation["requestBody"] = {"content": {kind: {"schema": content}}}
+        path = route.path.replace("<", "{").replace(">", "}")
+        paths.setdefault(path, {})[route.method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Image Manager", "version": __version__},
+        "servers": [{"url": prefix or "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": SCHEMAS,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def response(route: Route, status: int) -> dict[str, Any]:
+    """Return what OpenAPI says of one status of a route."""
+    described = {"description": http.HTTPStatus(status).phrase}
+    if status in (204, 304):
+        return described
+    if route.gives == "File" and status < 300:
+        return {**described, "content": {"application/octet-stream": {}}}
+    name = route.gives if status < 300 else "Error"
+    reference = {"$ref": f"#/components/schemas/{name}"}
+    return {**described, "content": {"application/json": {"schema": reference}}}
+
+
+def create_app(settings: Settings) -> Application:
+    """Return the service as a WSGI application, for WebTest or any WSGI server.
+
+    Makes what the data folder misses, but takes no lock and sweeps nothing: a server may run
+    several processes on it. Call close() in the end. Raises CannotStart.
+    """
+    return Application(settings)
+
+
+# ------------------------------------------------------------------------------------- server
+# waitress, whose parser, task, channel and server classes are made to be replaced.
+
+LINGER = 10  # seconds, and
+LINGER_BYTES = 64 * MIB  # that a refused sender is listened to, so that it gets to the answer
+LONGEST_CONTROL = 8 * KIB  # bytes of the line before a chunk, or of the trailer
+GRACE = 30  # seconds that requests in flight may take to end
+
+
+class Refusal(WaitressError):
+    """A ServiceError found by the parser, in waitress's form."""
+
+    def __init__(self, error: ServiceError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Parser(HTTPRequestParser):
+    """Asks the application about a request when its header is complete.
+
+    waitress takes the whole body before the application sees a byte: anyone could fill the disk.
+    """
+
+    application: Application | None = None
+    limit = 0  # of the body
+    error: Any = None
+
+    def parse_header(self, header_plus: bytes) -> None:
+        super().parse_header(header_plus)
+        # Where a proxy in front may see another end of the request: RFC 9112, 6.1 and 6.3.
+        both = self.chunked and "CONTENT_LENGTH" in self.headers
+        if both or "TRANSFER_ENCODING" in self.headers:
+            raise ParsingError("Transfer-Encoding with Content-Length, or in HTTP/1.0")
+
+    def received(self, data: bytes) -> int:
+        """Take the next bytes; return how many of them belong to this request."""
+        in_header = self.body_rcv is None
+        consumed = len(data)
+        try:
+            with telling_full():
+                consumed = super().received(data)
+            if self.error or self.body_rcv is None:
+                self.expect_continue = False  # waitress would wait for a body even so
+            elif in_header and self.application:
+                named = {"HTTP_" + name: value for name, value in self.headers.items()}
+                named |= {"REQUEST_METHOD": self.command, "PATH_INFO": self.path}
+                length = self.headers.get("CONTENT_LENGTH", "")
+                named |= {"QUERY_STRING": self.query, "CONTENT_LENGTH": length}
+                self.limit = self.application.admit(named)
+            elif self.chunked and self.application:
+                self._watch_chunks(self.application)
+        except ServiceError as error:
+            self.error, self.completed = Refusal(error), True
+            self.expect_continue = False  # else waitress sends 100 Continue all the same
+        return len(data) if self.error else consumed  # what follows a fault is no request
+
+    def _watch_chunks(self, application: Application) -> None:
+        receiver = self.body_rcv
+        if len(receiver) > self.limit:
+            raise TooLarge(self.limit)
+        if len(receiver.control_line) + len(receiver.trailer) > LONGEST_CONTROL:
+            raise BadRequest("The line before a chunk, or the trailer, is too long")
+        if len(receiver) > self.adj.inbuf_overflow:
+            require_space(application.binaries.uploads)
+
+
+class FaultTask(ErrorTask):
+    """Answers what the parser refused, in the service's own form."""
+
+    def execute(self) -> None:
+        fault, head = self.request.error, getattr(self.request, "command", "") == "HEAD"
+        error = getattr(fault, "error", None) or ServiceError(f"{fault.reason}: {fault.body}")
+        if not isinstance(fault, Refusal):
+            error.status = fault.code
+        told = self.channel.server.application.tell(error)
+        self.status, body = told.status_line, told.body.encode()
+        self.response_headers.extend(told.headerlist)
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(b"" if head else body)
+
+
+class Task(WSGITask):
+    """Keeps the connection open after 204 and 304, where waitress misses a Content-Length."""
+
+    def set_close_on_finish(self) -> None:
+        wish = self.request.headers.get("CONNECTION", "").lower()
+        if self.has_body or wish == "close" or (self.version == "1.0" and wish != "keep-alive"):
+            super().set_close_on_finish()
+        elif self.version == "1.0":
+            self.response_headers.append(("Connection", "Keep-Alive"))
+
+
+class Channel(HTTPChannel):
+    """A connection."""
+
+    parser_class, task_class, error_task_class = Parser, Task, FaultTask
+    request: Any = None  # that is arriving
+    close_when_flushed = False
+    watched = 0  # the events that the server waits for
+    unread = b""  # the begin of the next request
+    refused = False
+    linger_until, lingered = 0.0, 0
+
+    def received(self, data: bytes) -> bool:
+        """Take what came, up to the end of one request.
+
+        waitress takes all requests that are there. Before a later one, a thread then waits until
+        a slow client has got the answer to the earlier.
+        """
+        with self.requests_lock:
+            while data and not (self.requests or self.will_close or self.close_when_flushed):
+                if self.request is None:
+                    self.request = self.parser_class(self.adj)
+                    self.request.application = self.server.application
+                request = self.request
+                data = data[request.received(data) :]
+                if request.completed:
+                    self.request, self.sent_continue = None, False
+                    if not request.empty:
+                        self.refused = bool(request.error)
+                        self.requests.append(request)
+                        self.server.add_task(self)
+                elif request.expect_continue and request.headers_finished:
+                    self.send_continue()
+            self.unread = data
+        return True
+
+    def readable(self) -> bool:
+        if self.unread and super().readable():
+            self.received(self.unread)
+        return bool(self.linger_until or super().readable())
+
+    def writable(self) -> bool:
+        # A thread that is sending sends for itself. With waitress's own answer poll() returns at
+        # once, over and over, and takes the interpreter from that thread: fleets on keep-alive
+        # connections fell from 8,000 requests a second to a few hundred, in one run of five.
+        if self.requests and not (self.will_close or self.close_when_flushed):
+            return bool(self.total_outbufs_len > self.adj.outbuf_high_watermark)
+        return bool(super().writable())
+
+    def handle_write(self) -> None:
+        # Closing with bytes unread resets the connection, and the client may lose the answer:
+        # RFC 9112, 9.6. So a refused sender is heard out, within bounds.
+        linger = self.refused and self.close_when_flushed
+        self.close_when_flushed = self.close_when_flushed and not linger
+        super().handle_write()
+        if linger and self.total_outbufs_len:
+            self.close_when_flushed = True
+        elif linger and self.connected:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
+            self.linger_until = time.monotonic() + LINGER
+
+    def handle_read(self) -> None:
+        if not self.linger_until:
+            super().handle_read()
+            return
+        self.lingered += len(self.recv(self.adj.recv_bytes))
+        if self.lingered > LINGER_BYTES and self.connected:
+            self.handle_close()
+
+    def service(self) -> None:
+        self.server.serving.channel = self
+        super().service()
+
+    def add_channel(self, map: dict[int, Any] | None = None) -> None:
+        super().add_channel(map)
+        self.requests: list[Parser] = []
+        self.server.watch(self)
+
+    def del_channel(self, map: dict[int, Any] | None = None) -> None:
+        self.server.forget(self)
+        super().del_channel(map)
+
+    def in_flight(self) -> bool:
+        """Tell whether a request is in whose answer is not yet out."""
+        arriving = self.request is not None and self.request.headers_finished
+        return bool(self.requests or self.total_outbufs_len or arriving)
+
+
+class Threads(ThreadedTaskDispatcher):
+    """waitress's threads, which can be waited for."""
+
+    # The one of waitress prints a line for each request that waits for a thread.
+    queue_logger = logging.Logger("image_manager.queue", logging.ERROR)
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.started: list[threading.Thread] = []
+        self.set_thread_count(count)
+
+    def start_new_thread(self, target: Callable[..., None], thread_no: int) -> None:
+        name = f"image-manager-{thread_no}"
+        thread = threading.Thread(target=target, name=name, args=(thread_no,), daemon=True)
+        self.started.append(thread)
+        thread.start()
+
+    def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:
+        done = super().shutdown(cancel_pending, timeout)
+        for thread in self.started:
+            thread.join(timeout)
+        return bool(done)
+
+
+class Server(TcpWSGIServer):
+    """Serves on a listening socket, in the thread that calls run().
+
+    It asks a connection what to wait for only after something happened to it. waitress's own
+    loop asks all of them every time: 1,000 idle ones took a third of the requests a second.
+    """
+
+    channel_class = Channel
+    watched = 0
+
+    def __init__(self, application: Application, listener: socket.socket) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._touched: set[Channel] = set()  # by threads, for the loop to look at
+        self.serving = threading.local()
+        self._stopping, self._grace, self._next_look = False, 0.0, 0.0
+        adjustments = Adjustments(
+            clear_untrusted_proxy_headers=False,  # none is looked at
+            connection_limit=connection_limit(),
+            ident=None,
+            inbuf_overflow=JSON_LIMIT,
+            log_socket_errors=False,
+            max_request_body_size=sys.maxsize,  # the parser knows better
+            max_request_header_size=128 * KIB,
+            recv_bytes=64 * KIB,
+            server_name=application.settings.host,
+        )
+        super().__init__(
+            application,
+            map={},
+            _sock=listener,
+            dispatcher=Threads(application.settings.threads),
+            adj=adjustments,
+            sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
+            bind_socket=False,
+        )
+        self.trigger.watched = 0
+        self.watch(self.trigger)
+
+    def watch(self, channel: Any) -> None:
+        """Wait for what a connection wants: until that is settled, as threads may change it."""
+        while channel._fileno is not None:
+            wanted = selectors.EVENT_READ if channel.readable() else 0
+            wanted |= selectors.EVENT_WRITE if channel.writable() else 0
+            if wanted == channel.watched:
+                return
+            if not channel.watched:
+                self._selector.register(channel._fileno, wanted, channel)
+            elif wanted:
+                self._selector.modify(channel._fileno, wanted, channel)
+            else:
+                self._selector.unregister(channel._fileno)
+            channel.watched = wanted
+
+    def forget(self, channel: Any) -> None:
+        """Wait no more for a connection that is to be closed."""
+        if channel.watched:
+            self._selector.unregister(channel._fileno)
+            channel.watched = 0
+
+    def pull_trigger(self) -> None:
+        """Wake the loop for the connection that this thread serves, if it is needed for that."""
+        channel = getattr(self.serving, "channel", None)
+        if channel is not None:
+            ending = channel.will_close or channel.close_when_flushed
+            left = channel.total_outbufs_len or channel.unread
+            if channel.watched == selectors.EVENT_READ and not (ending or left):
+                return
+            self._touched.add(channel)
+        super().pull_trigger()
+
+    def _turn(self) -> None:
+        """Wait until something happens, for a second at most, and see to it."""
+        self.watch(self)  # accepts no more above the limit
+        for key, events in self._selector.select(1.0):
+            channel: Any = key.data
+            wanted = channel.readable()
+            if events & selectors.EVENT_WRITE and channel.writable():
+                wasyncore.write(channel)
+            if events & selectors.EVENT_READ and wanted and channel._fileno is not None:
+                wasyncore.read(channel)
+            # That it may be read stays watched during a request, unless something does come.
+            if not wanted or channel.writable():
+                self.watch(channel)
+        while self._touched:
+            self.watch(self._touched.pop())
+        if time.monotonic() >= self._next_look:
+            self._look()
+
+    def _look(self) -> None:
+        """Look at every connection, for what comes with time alone."""
+        now = time.monotonic()
+        self._next_look = now + 1
+        for channel in list(self.active_channels.values()):
+            if self._stopping and (channel.linger_until or not channel.in_flight()):
+                channel.will_close = True
+            if channel.linger_until and now > channel.linger_until:
+                channel.will_close = True
+            self.watch(channel)
+
+    def run(self) -> None:
+        """Serve until stop() is called, then let the requests in flight finish."""
+        try:
+            while not self._stopping:
+                self._turn()
+            self._stop_accepting()
+            deadline = time.monotonic() + self._grace
+            self._look()
+            while self.active_channels and time.monotonic() < deadline:
+                self._turn()
+                self._look()
+        finally:
+            self.close()
+
+    def stop(self, grace: float) -> None:
+        """Have run() return, at the latest after `grace` seconds."""
+        self._stopping, self._grace = True, grace
+        self.pull_trigger()
+
+    def _stop_accepting(self) -> None:
+        if self._fileno is not None:
+            self.forget(self)
+            wasyncore.dispatcher.close(self)
+
+    def close(self) -> None:
+        """Close all that is open, and end the threads."""
+        self._stop_accepting()
+        for channel in list(self.active_channels.values()):
+            channel.handle_close()
+        self.task_dispatcher.shutdown(timeout=1)
+        self.forget(self.trigger)
+        self.trigger.close()
+        self._selector.close()
+
+
+def connection_limit() -> int:
+    """Return how many connections there may be: each may need a file besides its socket."""
+    try:
+        import resource
+    except ImportError:  # Windows, whose select() takes 512
+        return 400
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(100, min(10_000, files // 2 - 50))
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Return a socket that listens where the settings say; raises CannotStart."""
+    try:
+        kind = socket.SOCK_STREAM
+        found = socket.getaddrinfo(settings.host, settings.port, type=kind)
+        return socket.create_server(found[0][4][:2], family=found[0][0], backlog=1024)
+    except OSError as error:
+        where, reason = f"{settings.host} port {settings.port}", error.strerror or error
+        remedy = "choose others with --host and --port"
+        raise CannotStart(f"Cannot listen on {where} ({reason}): {remedy}") from error
+
+
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextlib.contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Keep a data folder for one service; raises CannotStart where another has it.
+
+    A lock of SQLite works on every platform, and ends with the process however that ends.
+    """
+    make_folder(folder)
+    path = folder / "service.lock"
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    with contextlib.closing(connection):
+        try:
+            connection.execute("PRAGMA journal_mode = OFF")  # of nothing, it would be a file
+            connection.execute("BEGIN EXCLUSIVE")
+        except sqlite3.Error as error:
+            remedy = "stop that, or name another folder with --data"
+            raise CannotStart(f"Another service uses {folder} ({error}): {remedy}") from error
+        yield
+
+
+def sweep(application: Application) -> None:
+    """Remove what a crash left over; raises CannotStart where the catalogue seems to be lost."""
+    catalogue, binaries = application.catalogue, application.binaries
+    present = set(os.listdir(binaries.folder))
+    if present and not catalogue.ever_used():
+        remedy = "restore image_manager.db from a backup, or move the binaries away"
+        raise CannotStart(f"{binaries.folder} holds binaries no catalogue knows of: {remedy}")
+    for name in present - file_names(catalogue.confirmed()):
+        log.info("removing %s, which was left over", name)
+        image_id = name.partition(".")[0]
+        path = binaries.folder / name
+        catalogue.unless_confirmed(image_id, functools.partial(path.unlink, missing_ok=True))
+    for path in binaries.uploads.iterdir():
+        path.unlink()
+
+
+def file_names(images: Iterable[Image]) -> set[str]:
+    """Return the names of the files that images with a binary have."""
+    names = set()
+    for image in images:
+        names.add(image.id + ".hex")
+        if image.segments is not None:
+            names.add(image.id + ".bin")
+    return names
+
+
+class Running(NamedTuple):
+    """A server that runs in this process."""
+
+    url: str
+    application: Application
+
+    def token(self, service: str = "admin", scope: Iterable[str] = (), expires: int = 3600) -> str:
+        """Return a token: with `scope` (read, write, delete; all if empty), for some seconds."""
+        rights = [f"image:{word}" for word in scope]
+        return self.application.tokens.issue(service, rights, expires)
+
+
+@contextlib.contextmanager
+def running(settings: Settings) -> Iterator[Running]:
+    """Run a real server in a thread, on a free port unless the settings name one.
+
+    No thread, open file or lock is left when the block ends. Raises CannotStart.
+    """
+    with sole_use(settings.data), contextlib.closing(create_app(settings)) as application:
+        sweep(application)
+        with listen(settings) as listener:
+            server = Server(application, listener)
+            thread = threading.Thread(target=server.run, name="image-manager", daemon=True)
+            thread.start()
+            try:
+                yield Running(address(listener) + settings.url_prefix, application)
+            finally:
+                server.stop(grace=2)
+                thread.join()
+
+
+def serve_here(settings: Settings, listener: socket.socket) -> None:
+    """Serve in this process until SIGTERM or SIGINT."""
+    with contextlib.closing(create_app(settings)) as application:
+        server = Server(application, listener)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: server.stop(GRACE))
+        server.run()
+
+
+def supervise(settings: Settings, listener: socket.socket) -> None:
+    """Keep as many processes serving as are wanted, until SIGTERM or SIGINT.
+
+    No SQLite connection crosses a fork: this process has closed its own before.
+    """
+    alive, held = os.pipe()
+    workers: dict[int, float] = {}  # when each began
+    stopping = False
+
+    def start() -> None:
+        pid = os.fork()
+        if pid:
+            workers[pid] = time.monotonic()
+            return
+        status = 1
+        try:
+            os.close(held)
+            threading.Thread(target=end_with_parent, args=(alive,), daemon=True).start()
+            serve_here(settings, listener)
+            status = 0
+        except BaseException:
+            log.exception("a worker failed")
+        finally:
+            os._exit(status)
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    while len(workers) < settings.workers and not stopping:
+        start()
+    while workers:
+        pid, status = os.wait()
+        began = workers.pop(pid)
+        if not stopping:
+            log.error("worker %s ended with status %s: another takes its place", pid, status)
+            time.sleep(max(0, began + 1 - time.monotonic()))  # not in a tight loop
+        if not stopping:
+            start()
+
+
+def end_with_parent(alive: int) -> None:
+    """End this process when the first one is gone, and with it the other end of the pipe."""
+    os.read(alive, 1)
+    os._exit(1)
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or Ctrl-C."""
+    if settings.workers > 1 and not hasattr(os, "fork"):
+        raise CannotStart("This platform cannot fork: serve with --workers 1")
+    if settings.jwt_secret and len(settings.jwt_secret) < 32:
+        log.warning("IMAGE_MANAGER_JWT_SECRET has less than the 32 characters HS256 asks for")
+    raise_file_limit()
+    with sole_use(settings.data), listen(settings) as listener:
+        with contextlib.closing(create_app(settings)) as application:
+            sweep(application)
+            told = [f"listening on {address(listener)}{settings.url_prefix}"]
+            told.append(f"storing {application.catalogue.total()} images in {settings.data}")
+        if not settings.jwt_public_key:
+            command = ["python", sys.argv[0], "token", "--data", str(settings.data)]
+            told.append(f"get a token with: {shlex.join(command)}")
+        print("\n".join(told), file=sys.stderr, flush=True)
+        tempfile.tempdir = str(settings.data / "tmp")  # the /tmp of a gateway is often memory
+        if settings.workers > 1:
+            supervise(settings, listener)
+        else:
+            serve_here(settings, listener)
+    return 0
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system does: a connection is one, and often two."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 20_200 if most == resource.RLIM_INFINITY else min(most, 20_200)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
+def token(settings: Settings, service: str, scope: list[str], expires: int | None) -> int:
+    """Print a token."""
+    secret = settings.jwt_secret
+    if not secret and not settings.jwt_public_key:
+        make_folder(settings.data)
+        secret = load_secret(settings.data)
+    print(Tokens(settings, secret).issue(service, scope, expires))
+    return 0
+
+
+def open_store(settings: Settings) -> tuple[Catalogue, BinaryStore]:
+    """Open a store that is there; raises CannotStart."""
+    path = settings.data / "image_manager.db"
+    if not path.is_file():
+        raise CannotStart(f"There is no store in {settings.data}: name its folder with --data")
+    return Catalogue(path), BinaryStore(settings.data)
+
+
+def digest_of(file: io.FileIO) -> str:
+    found = hashlib.sha256()
+    for block in iter(functools.partial(file.read, BLOCK), b""):
+        found.update(block)
+    return found.hexdigest()
+
+
+def fault_of(image: Image, binaries: BinaryStore) -> str | None:
+    """Return what is wrong with an image's files, None if nothing is."""
+    remedy = "upload the same file again, or restore it from a backup"
+    try:
+        with binaries.open(image.id, ".hex", image.size) as file:
+            if digest_of(file) != image.sha256:
+                return f"damaged: the hex file of image {image.id} has other bytes: {remedy}"
+            if image.segments is None:
+                return None
+            size = sum(size for _, size in json.loads(image.segments))
+            with binaries.open(image.id, ".bin", size) as raw:
+                file.seek(0)
+                if not holds_data_of(raw, file):
+                    return f"damaged: the bin file of image {image.id} has other bytes: {remedy}"
+    except Damaged as error:
+        return f"damaged or missing: {error}"
+    except OSError as error:
+        return f"unreadable: the files of image {image.id} ({error}): {remedy}"
+    return None
+
+
+def holds_data_of(raw: io.FileIO, file: io.FileIO) -> bool:
+    """Tell whether a .bin file is what its .hex file says."""
+    reader = HexReader()
+    with tempfile.TemporaryFile(buffering=0) as data:
+        for block in iter(functools.partial(file.read, BLOCK), b""):
+            data.write(reader.feed(block))
+        data.write(reader.finish())
+        joined = joined_excerpt(data, reader.layout().extents)
+        return all(raw.read(len(block)) == block for block in iter(joined.read, b""))
+
+
+def verify(settings: Settings) -> int:
+    """Check every file against the catalogue."""
+    catalogue, binaries = open_store(settings)
+    with contextlib.closing(catalogue):
+        present = set(os.listdir(binaries.folder))
+        images = catalogue.confirmed()
+        faults = []
+        for number, image in enumerate(images, 1):
+            if sys.stderr.isatty():
+                print(f"\r{number} of {len(images)}", end="", file=sys.stderr, flush=True)
+            fault = fault_of(image, binaries)
+            if fault and image in catalogue.confirmed():  # else it was deleted meanwhile
+                faults.append(fault)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        known = file_names([*images, *catalogue.confirmed()])
+        remedy = "no image has it; the next start of the service removes it"
+        faults += [f"left over: {binaries.folder / name}: {remedy}" for name in present - known]
+    print(*faults, f"{len(images)} binaries checked, {len(faults)} faults", sep="\n")
+    return 1 if faults else 0
+
+
+def copy_binary(image: Image, source: BinaryStore, target: BinaryStore) -> str | None:
+    """Copy the files of an image; return what is wrong with the copy, None if nothing is."""
+    sizes = {".hex": image.size}
+    if image.segments is not None:
+        sizes[".bin"] = sum(size for _, size in json.loads(image.segments))
+    try:
+        for suffix, size in sizes.items():
+            path = target.path(image.id, suffix)
+            with source.open(image.id, suffix, size) as file, open(path, "wb") as copy:
+                shutil.copyfileobj(file, copy, BLOCK)
+                copy.flush()
+                os.fsync(copy.fileno())
+    except Damaged as error:
+        return f"damaged or missing: {error}"
+    return fault_of(image, target)
+
+
+def backup(settings: Settings, destination: Path) -> int:
+    """Copy a store, which may be in use, to a folder that has nothing in it."""
+    catalogue, binaries = open_store(settings)
+    with contextlib.closing(catalogue):
+        make_folder(destination)
+        if any(destination.iterdir()):
+            raise CannotStart(f"{destination} has something in it: name a new or empty folder")
+        copies = BinaryStore(destination)
+        draft = destination / "tmp" / "image_manager.db"  # moved at the end: a part is no store
+        sound: set[Image] = set()
+        while True:
+            catalogue.copy_to(draft)
+            with contextlib.closing(Catalogue(draft)) as snapshot:
+                images = snapshot.confirmed()
+            copied = {image: copy_binary(image, binaries, copies) for image in set(images) - sound}
+            sound |= {image for image, fault in copied.items() if not fault}
+            faults = {image: fault for image, fault in copied.items() if fault}
+            if faults.keys() <= set(catalogue.confirmed()):
+                break  # else one was deleted before it was copied: once more
+        for name in set(os.listdir(copies.folder)) - file_names(images):
+            (copies.folder / name).unlink()
+        if (settings.data / "secret.key").exists():
+            shutil.copy(settings.data / "secret.key", destination)
+        sync_folder(copies.folder)
+        os.replace(draft, destination / "image_manager.db")
+        sync_folder(destination)
+    print(*faults.values(), f"{len(images)} binaries copied, {len(faults)} faults", sep="\n")
+    return 1 if faults else 0
+
+
+def parse_scope(text: str) -> list[str]:
+    rights = [f"image:{word.strip()}" for word in text.split(",")]
+    if not set(rights) <= set(RIGHTS):
+        raise ValueError("takes read, write and delete, with commas between")
+    return rights
+
+
+def parse_lifetime(text: str) -> int | None:
+    """Return the seconds of 90s, 15m, 12h or 30d, None for never."""
+    match = re.fullmatch("([1-9][0-9]{0,8})([smhd])", text)
+    if not match and text != "never":
+        raise ValueError("takes a time such as 12h or 30d (s, m, h, d), or never")
+    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else None
+
+
+DEFAULT_DATA = Path(__file__).resolve().parent / "data"
+EXAMPLES = {
+    "serve": """examples:
+  python image_manager.py serve --host 0.0.0.0 --port 80 --data /srv/firmware
+  IMAGE_MANAGER_MAX_UPLOAD=16M python image_manager.py""",
+    "token": """examples:
+  python image_manager.py token
+  python image_manager.py token --service lab --scope write --expires 12h""",
+    "verify": """exit status: 0 all sound, 1 something is not, 2 it could not look""",
+    "backup": """to go on with the copy: python image_manager.py serve --data DESTINATION""",
+}
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A parser whose complaints are one sentence."""
+
+    def error(self, message: str) -> Any:
+        raise CannotStart(f"{message}: see {self.prog} --help")
+
+    def add_setting(
+        self, flag: str, parse: Callable[[str], Any], meaning: str, default: Any
+    ) -> None:
+        def converted(text: str) -> Any:
+            try:
+                return parse(text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(f"{error}, not {text!r}") from error
+
+        shown = f"{meaning} (default: {default})" if default not in (None, "") else meaning
+        if parse is parse_switch:
+            self.add_argument(flag, action="store_true", default=None, help=meaning)
+        else:
+            metavar = flag.rpartition("-")[2].upper()
+            self.add_argument(flag, type=converted, metavar=metavar, help=shown)
+
+
+def command_line() -> CommandLine:
+    parser = CommandLine(
+        prog="image_manager.py",
+        description="A firmware image store: SQLite, files and curl. Without a command it serves.",
+        epilog="Each command has a page of its own: python image_manager.py serve --help",
+    )
+    parser.add_argument("--version", action="version", version=f"image manager {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for handler in (serve, token, verify, backup):
+        name, about = handler.__name__, handler.__doc__
+        shape = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(
+            name, help=about, description=about, epilog=EXAMPLES[name], formatter_class=shape
+        )
+        command.set_defaults(handler=handler)
+        command.add_setting("--data", Path, "folder of the store", DEFAULT_DATA)
+        if handler is serve:
+            command.epilog = (
+                "Each option can be set in the environment too: IMAGE_MANAGER_PORT for --port.\n"
+                "IMAGE_MANAGER_JWT_SECRET takes the place of the secret in the folder.\n\n"
+            ) + EXAMPLES[name]
+            for field in dataclasses.fields(Settings):
+                if field.metadata:
+                    flag, default = "--" + field.name.replace("_", "-"), field.default
+                    default = {"port": 8000, "max_upload": "512M"}.get(field.name, default)
+                    command.add_setting(flag, default=default, **field.metadata)
+        elif handler is token:
+            command.add_setting("--service", str, "tenant that the token is for", "admin")
+            command.add_setting("--scope", parse_scope, "rights: read,write,delete", "all")
+            command.add_setting("--expires", parse_lifetime, "s, m, h or d, or never", "30d")
+        elif handler is backup:
+            command.add_argument("destination", type=Path, help="folder, new or empty")
+    return parser
+
+
+def environment() -> dict[str, Any]:
+    """Return the settings that the environment has."""
+    values = {}
+    for field in dataclasses.fields(Settings):
+        name = "IMAGE_MANAGER_" + field.name.upper()
+        if os.environ.get(name):
+            try:
+                values[field.name] = field.metadata.get("parse", str)(os.environ[name])
+            except ValueError as error:
+                raise CannotStart(f"{name} {error}, not {os.environ[name]!r}") from error
+    return values
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; return its exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+        words = ["serve", *words]
+    warnings.filterwarnings("ignore", "The HMAC key")  # serve() says it in its own words
+    try:
+        given = {n: v for n, v in vars(command_line().parse_args(words)).items() if v is not None}
+        handler, _ = given.pop("handler"), given.pop("command")
+        names = {field.name for field in dataclasses.fields(Settings)}
+        values = {"data": DEFAULT_DATA, "port": 8000, **environment()}
+        values |= {name: value for name, value in given.items() if name in names}
+        others = {name: value for name, value in given.items() if name not in names}
+        if handler is token:
+            others = {"service": "admin", "scope": [], "expires": 30 * 86400} | others
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        return int(handler(Settings(**values), **others))
+    except (CannotStart, ServiceError, OSError) as error:
+        print(f"image manager: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1916 @@
+"""The promises of image_manager.py, in the order of its layers.
+
+    python -m pytest -q
+
+Without HTTP: settings, tokens, Intel HEX, the catalogue, the binaries. Through WebTest: the
+routes, each status and body of the API. Over real sockets: downloads as devices make them, what
+the server itself promises, abuse. With real processes: the command line, crashes, workers. Last,
+that README and requirements say what is so.
+"""
+
+import base64
+import concurrent.futures
+import contextlib
+import email.utils
+import errno
+import functools
+import hashlib
+import hmac
+import http.client
+import io
+import itertools
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+import wsgiref.simple_server
+from datetime import datetime, timezone
+from pathlib import Path
+
+import jwt
+import pytest
+from webtest import TestApp
+
+import image_manager
+from image_manager import (
+    ROUTES,
+    BadRequest,
+    BinaryStore,
+    CannotStart,
+    Catalogue,
+    Excerpt,
+    Extent,
+    HexFault,
+    HexReader,
+    Parser,
+    Settings,
+    Tokens,
+    Unauthorised,
+    create_app,
+    running,
+    semver_key,
+)
+
+HERE = Path(__file__).parent
+PROGRAM = HERE / "image_manager.py"
+SECRET = "a secret of more than thirty-two characters"
+KIB, MIB = 1 << 10, 1 << 20
+
+
+# ------------------------------------------------------------------------------------- vocabulary
+
+
+def record(kind, offset, data=b"", newline="\n"):
+    """Return a line of Intel HEX."""
+    raw = bytes([len(data), offset >> 8, offset & 0xFF, kind]) + data
+    return f":{(raw + bytes([-sum(raw) & 0xFF])).hex().upper()}{newline}"
+
+
+END = record(1, 0)
+
+
+def firmware(size=1000, seed=1, base=0, newline="\r\n", width=16):
+    """Return (Intel HEX, its data): `size` bytes from address `base` on."""
+    data = random.Random(seed).randbytes(size)
+    lines = []
+    for at in range(0, size, width):
+        if at == 0 or (base + at) % 65536 < width:
+            lines.append(record(4, 0, (base + at >> 16).to_bytes(2, "big"), newline))
+        lines.append(record(0, base + at & 0xFFFF, data[at : at + width], newline))
+    return ("".join(lines) + record(1, 0, newline=newline)).encode(), data
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def form(content, name="image", filename="fw.hex", boundary="XyZ"):
+    """Return (body, headers) of a form with one file."""
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"; filename="{filename}"'
+    body = f"{head}\r\n\r\n".encode() + content + f"\r\n--{boundary}--\r\n".encode()
+    return body, {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+
+
+def error(response, status, message):
+    """Expect an error: its status, its whole body, its type."""
+    assert response.status_int == status, response.text
+    assert response.json == {"message": message, "status": status}
+    assert response.content_type == "application/json"
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return Settings(data=tmp_path / "data", jwt_secret=SECRET)
+
+
+@pytest.fixture
+def app(settings):
+    with contextlib.closing(create_app(settings)) as application:
+        yield application
+
+
+class Client(TestApp):
+    """WebTest, as a tenant; what comes behind the path of a request without a body are headers."""
+
+    def get(self, url, headers=None, **others):
+        return super().get(url, headers=headers, **others)
+
+    def head(self, url, headers=None, **others):
+        return super().head(url, headers=headers, **others)
+
+    def delete(self, url, headers=None, **others):
+        return super().delete(url, headers=headers, **others)
+
+    def as_(self, service="admin", *rights):
+        token = self.app.application.tokens.issue(service, [f"image:{right}" for right in rights])
+        self.authorization = ("Bearer", token)
+        return self
+
+    def create(self, label="sensor", fw_version="1.0.0"):
+        return self.post_json("/image", {"label": label, "fw_version": fw_version}).json["id"]
+
+    def upload(self, image_id, content, query="", **others):
+        return self.put(f"/image/{image_id}/binary{query}", content, **others)
+
+    def stored(self, content=None, **others):
+        """Create an image with a binary; return its id."""
+        image_id = self.create(**others)
+        self.upload(image_id, firmware()[0] if content is None else content)
+        return image_id
+
+
+def client_of(application, service="admin", *rights):
+    client = Client(application)
+    client.app.application = application
+    return client.as_(service, *rights)
+
+
+@pytest.fixture
+def client(app):
+    return client_of(app)
+
+
+def folder_is_clean(app, *image_ids):
+    """Tell whether binaries/ and tmp/ hold the files of these images and nothing else."""
+    names = {path.stem for path in app.binaries.folder.iterdir()}
+    return names == set(image_ids) and not list(app.binaries.uploads.iterdir())
+
+
+@pytest.fixture
+def server(settings):
+    with running(settings) as server:
+        yield server
+
+
+class Connection(http.client.HTTPConnection):
+    """A connection to a server that takes the tenant's token along."""
+
+    def __init__(self, server, service="admin", timeout=10, **headers):
+        url = urllib.parse.urlsplit(server.url)
+        super().__init__(url.hostname, url.port, timeout=timeout)
+        self.headers = {"Authorization": f"Bearer {server.token(service)}"} if service else {}
+        self.headers |= headers
+
+    def ask(self, method, path, body=None, **headers):
+        """Return (status, headers, body) of an answer."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.request(method, path, body, {**self.headers, **named})
+        response = self.getresponse()
+        return response.status, response.headers, response.read()
+
+    def create(self, label="sensor", fw_version="1.0.0"):
+        body = json.dumps({"label": label, "fw_version": fw_version})
+        status, _, answer = self.ask("POST", "/image", body, Content_Type="application/json")
+        assert status == 201, answer
+        return json.loads(answer)["id"]
+
+    def stored(self, content, **others):
+        image_id = self.create(**others)
+        status, _, answer = self.ask("PUT", f"/image/{image_id}/binary", content)
+        assert status == 200, answer
+        return image_id
+
+    def link(self, image_id, **members):
+        body = json.dumps(members) if members else None
+        kind = {"Content_Type": "application/json"} if members else {}
+        answer = self.ask("POST", f"/image/{image_id}/binary/link", body, **kind)
+        return json.loads(answer[2])["url"]
+
+
+@pytest.fixture
+def connection(server):
+    with contextlib.closing(Connection(server)) as connection:
+        yield connection
+
+
+def dial(server, timeout=10):
+    url = urllib.parse.urlsplit(server.url)
+    return socket.create_connection((url.hostname, url.port), timeout)
+
+
+def read_answer(sock, method="GET"):
+    """Return (status line, headers, body) of the next answer on a socket."""
+    file = sock.makefile("rb", buffering=0)
+    line = b""
+    while not line.endswith(b"\r\n\r\n"):
+        byte = file.read(1)
+        if not byte:
+            raise ConnectionError(f"closed after {line!r}")
+        line += byte
+    status_line, _, block = line.decode("latin-1").partition("\r\n")
+    headers = http.client.parse_headers(io.BytesIO(block.encode("latin-1")))
+    body = b""
+    while method != "HEAD" and len(body) < int(headers.get("Content-Length", 0)):
+        body += file.read(int(headers["Content-Length"]) - len(body))
+    return status_line, headers, body
+
+
+def exchange(server, *requests, timeout=10):
+    """Send raw bytes on one connection; return all that comes until the server closes."""
+    with dial(server, timeout) as sock:
+        sock.sendall(b"".join(requests))
+        return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+# ------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"port": 70000},
+        {"workers": 0},
+        {"threads": 0},
+        {"url_prefix": "/image"},
+        {"url_prefix": "a b"},
+        {"public_url": "fw.example.com"},
+        {"public_url": 'https://a"><'},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path, values):
+    with pytest.raises(CannotStart):
+        Settings(data=tmp_path, **values)
+
+
+def test_settings_are_tidied(tmp_path):
+    found = Settings(data=str(tmp_path), url_prefix="fw-image/", public_url="https://a/b/")
+    assert found.data == tmp_path
+    assert (found.url_prefix, found.public_url) == ("/fw-image", "https://a/b")
+
+
+def test_settings_do_not_show_the_secret(tmp_path):
+    assert SECRET not in repr(Settings(data=tmp_path, jwt_secret=SECRET))
+
+
+@pytest.mark.parametrize(
+    "text, size", [("1000", 1000), ("64K", 64 * KIB), ("512m", 512 * MIB), ("2G", 2048 * MIB)]
+)
+def test_sizes_are_powers_of_1024(text, size):
+    assert image_manager.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5M", "1T", "M", "9" * 20])
+def test_sizes_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="512M"):
+        image_manager.parse_size(text)
+
+
+# ------------------------------------------------------------------------------------- tokens
+
+
+@pytest.fixture
+def tokens(settings):
+    return Tokens(settings, SECRET)
+
+
+def sign(claims, key=SECRET, **options):
+    return "Bearer " + jwt.encode(claims, key, **options)
+
+
+def test_token_gives_its_tenant_and_all_rights(tokens):
+    caller = tokens.verify(sign({"service": "lab", "sub": "rig 7"}))
+    assert (caller.tenant, caller.subject) == ("lab", "rig 7")
+    assert caller.rights == set(image_manager.RIGHTS)
+
+
+@pytest.mark.parametrize(
+    "scope, rights",
+    [
+        ("image:read", {"image:read"}),
+        ("openid image:read image:write", {"image:read", "image:write"}),
+        (["image:delete", "profile"], {"image:delete"}),
+        ("openid profile", set(image_manager.RIGHTS)),
+        ("", set(image_manager.RIGHTS)),
+        ([], set(image_manager.RIGHTS)),
+    ],
+)
+def test_scope_limits_rights_where_it_names_ours(tokens, scope, rights):
+    assert tokens.verify(sign({"service": "a", "scope": scope})).rights == rights
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"iat": time.time() + 9999},
+        {"iat": "yesterday", "jti": 7, "sub": {"a": [1]}},
+        {"exp": time.time() - 20},
+        {"nbf": time.time() + 20},
+        {"aud": "whoever", "iss": "anyone"},
+        {"exp": 10**400},
+    ],
+)
+def test_token_is_accepted_with(tokens, claims):
+    assert tokens.verify(sign({"service": "a", **claims})).tenant == "a"
+
+
+def forged_with(algorithm):
+    """Return a token that claims an algorithm and is signed with nothing."""
+    parts = ({"alg": algorithm, "typ": "JWT"}, {"service": "admin"})
+    words = [base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts]
+    return "Bearer " + ".".join(words) + "."
+
+
+def forged(header, claims, key=SECRET):
+    words = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in (header, claims)]
+    signed = b".".join(words)
+    mac = base64.urlsafe_b64encode(hmac.digest(key.encode(), signed, "sha256")).rstrip(b"=")
+    return "Bearer " + (signed + b"." + mac).decode()
+
+
+HS256 = {"alg": "HS256", "typ": "JWT"}
+BAD_TOKENS = {
+    "another key": sign({"service": "a"}, "another key of thirty-two characters or so"),
+    "another algorithm": sign({"service": "a"}, SECRET * 2, algorithm="HS512"),
+    "alg none": forged_with("none"),
+    "alg None": forged_with("None"),
+    "alg NONE": forged_with("NONE"),
+    "alg nOnE": forged_with("nOnE"),
+    "alg missing": forged({"typ": "JWT"}, {"service": "a"}),
+    "alg a list": forged({"alg": ["HS256"]}, {"service": "a"}),
+    "crit": forged({**HS256, "crit": ["exp"], "exp": 1}, {"service": "a"}),
+    "crit known to the library": forged({**HS256, "crit": ["b64"], "b64": True}, {"service": "a"}),
+    "expired": sign({"service": "a", "exp": time.time() - 40}),
+    "expired long ago": sign({"service": "a", "exp": 0}),
+    "not yet valid": sign({"service": "a", "nbf": time.time() + 90}),
+    "exp a string": sign({"service": "a"}).replace("Bearer ", "Bearer x"),
+    "exp true": forged(HS256, {"service": "a", "exp": True}),
+    "exp null": forged(HS256, {"service": "a", "exp": None}),
+    "exp NaN": forged(HS256, {"service": "a", "exp": float("nan")}),
+    "service missing": sign({"sub": "a"}),
+    "service empty": sign({"service": ""}),
+    "service null": sign({"service": None}),
+    "service a list": sign({"service": ["a"]}),
+    "service too long": sign({"service": "a" * 129}),
+    "service with NUL": sign({"service": "a\0b"}),
+    "service with a lone surrogate": forged(HS256, {"service": "\ud800"}),
+    "scope with a typing error": sign({"service": "a", "scope": "image:raed"}),
+    "scope in capitals": sign({"service": "a", "scope": "Image:Read"}),
+    "scope a number": sign({"service": "a", "scope": 7}),
+    "scope of numbers": sign({"service": "a", "scope": [7]}),
+    "claims a list": forged(HS256, ["service"]),
+    "claims deep": "Bearer e30." + "W" * 60000 + ".e30",
+    "encrypted": "Bearer a.b.c.d.e",
+    "60 KB": "Bearer " + "a" * 60000,
+    "not base64": "Bearer !!!.???.###",
+    "two tokens": sign({"service": "a"}) + ", " + sign({"service": "a"}),
+    "Basic": "Basic YTpi",
+    "no scheme": sign({"service": "a"}).removeprefix("Bearer "),
+    "only a scheme": "Bearer",
+    "empty": "",
+    "no ASCII": "Bearer \xe9\xff",
+}
+
+
+@pytest.mark.parametrize("header", BAD_TOKENS.values(), ids=BAD_TOKENS)
+def test_token_is_refused(tokens, header):
+    with pytest.raises(Unauthorised, match="^Invalid authorization token: .") as raised:
+        tokens.verify(header)
+    assert raised.value.headers == {"WWW-Authenticate": "Bearer"}
+    assert header[7:] not in str(raised.value) or len(header) < 12  # never says the token
+
+
+@pytest.mark.parametrize("claims", [{}, {"aud": "others", "iss": "gate"}, {"aud": "fw"}])
+def test_audience_and_issuer_are_checked_where_asked_for(tmp_path, claims):
+    strict = Tokens(Settings(data=tmp_path, jwt_audience="fw", jwt_issuer="gate"), SECRET)
+    with pytest.raises(Unauthorised):
+        strict.verify(sign({"service": "a", **claims}))
+    assert strict.verify(sign({"service": "a", "aud": ["x", "fw"], "iss": "gate"}))
+    assert strict.verify("Bearer " + strict.issue("a"))
+
+
+def test_token_that_was_verified_expires_all_the_same(tokens, monkeypatch):
+    header = "Bearer " + tokens.issue("a", seconds=10)
+    assert tokens.verify(header) and tokens.verify(header)
+    later = time.time() + 41
+    monkeypatch.setattr(time, "time", lambda: later)
+    with pytest.raises(Unauthorised, match="expired"):
+        tokens.verify(header)
+
+
+def test_secret_is_made_once_and_is_the_owners_alone(tmp_path):
+    secret = image_manager.load_secret(tmp_path)
+    assert len(bytes.fromhex(secret)) == 32
+    assert image_manager.load_secret(tmp_path) == secret
+    assert [path.name for path in tmp_path.iterdir()] == ["secret.key"]
+    if os.name == "posix":
+        assert (tmp_path / "secret.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_secret_is_made_without_hard_links_too(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", no_links)
+    assert image_manager.load_secret(tmp_path) == image_manager.load_secret(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["secret.key"]
+
+
+@pytest.mark.parametrize("content", [b"", b"short\n", b"\xff" * 40])
+def test_secret_that_is_none_stops_the_start(tmp_path, content):
+    (tmp_path / "secret.key").write_bytes(content)
+    with pytest.raises(CannotStart, match=r"secret\.key"):
+        image_manager.load_secret(tmp_path)
+
+
+def key_pair(algorithm):
+    """Return (private key, PEM of the public key)."""
+    pytest.importorskip("cryptography")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+    private = {
+        "RS256": lambda: rsa.generate_private_key(65537, 2048),
+        "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
+        "EdDSA": ed25519.Ed25519PrivateKey.generate,
+        "ES384": lambda: ec.generate_private_key(ec.SECP384R1()),
+    }[algorithm]()
+    kinds = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    return private, private.public_key().public_bytes(*kinds)
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
+def test_public_key_takes_only_its_own_algorithm(tmp_path, algorithm):
+    private, public = key_pair(algorithm)
+    (tmp_path / "key.pem").write_bytes(public)
+    tokens = Tokens(Settings(data=tmp_path, jwt_public_key=tmp_path / "key.pem"), SECRET)
+    assert tokens.verify(sign({"service": "a"}, private, algorithm=algorithm)).tenant == "a"
+    for header in (sign({"service": "a"}), forged(HS256, {"service": "a"}, public.decode())):
+        with pytest.raises(Unauthorised):
+            tokens.verify(header)
+    with pytest.raises(CannotStart, match="private key"):
+        tokens.issue("a")
+
+
+@pytest.mark.parametrize("content", [b"", b"-----BEGIN PUBLIC KEY-----\nx\n", None])
+def test_public_key_that_is_none_stops_the_start(tmp_path, content):
+    pytest.importorskip("cryptography")
+    path = tmp_path / "key.pem"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CannotStart, match="BEGIN PUBLIC KEY"):
+        Tokens(Settings(data=tmp_path, jwt_public_key=path), SECRET)
+
+
+def test_public_key_of_another_curve_stops_the_start(tmp_path):
+    (tmp_path / "key.pem").write_bytes(key_pair("ES384")[1])
+    with pytest.raises(CannotStart, match="P-256"):
+        Tokens(Settings(data=tmp_path, jwt_public_key=tmp_path / "key.pem"), SECRET)
+
+
+def test_public_key_without_cryptography_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.asymmetric", None)
+    with pytest.raises(CannotStart, match=r"pip install \"pyjwt\[crypto\]\""):
+        Tokens(Settings(data=tmp_path, jwt_public_key=tmp_path / "key.pem"), SECRET)
+
+
+# ------------------------------------------------------------------------------------- Intel HEX
+
+
+def read_hex(content, cuts=()):
+    """Return (layout, {address: byte}) of a file fed in pieces."""
+    reader = HexReader()
+    edges = [0, *cuts, len(content)]
+    data = b"".join(reader.feed(content[a:b]) for a, b in itertools.pairwise(edges))
+    data += reader.finish()
+    layout = reader.layout()
+    placed = {
+        extent.address + at: data[extent.offset + at]
+        for extent in layout.extents
+        for at in range(extent.size)
+    }
+    return layout, placed
+
+
+def model(content):
+    """Return {address: byte} as the plainest reader would place it."""
+    placed, base, mode = {}, 0, "linear"
+    for line in content.decode().split():
+        raw = bytes.fromhex(line[1:])
+        if raw[3] == 0:
+            for at, byte in enumerate(raw[4:-1]):
+                offset = raw[1] * 256 + raw[2] + at
+                address = base + offset % 65536 if mode == "segment" else base + offset
+                placed[address % 2**32 if mode == "linear" else address] = byte
+        elif raw[3] == 2:
+            base, mode = int.from_bytes(raw[4:6], "big") * 16, "segment"
+        elif raw[3] == 4:
+            base, mode = int.from_bytes(raw[4:6], "big") * 65536, "linear"
+    return placed
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("width", [1, 16, 32, 255])
+def test_hex_of_any_width_and_line_end_is_read(newline, width):
+    content, data = firmware(3000, base=0x08000000, newline=newline, width=width)
+    layout, placed = read_hex(content)
+    assert bytes(placed[address] for address in sorted(placed)) == data
+    assert layout.report() == {
+        "records": len(content.split()),
+        "bytes": 3000,
+        "start_address": None,
+        "segments": [{"address": "0x08000000", "size": 3000}],
+        "warnings": [],
+    }
+
+
+def test_hex_in_lower_case_with_blank_lines_and_no_last_line_end_is_sound():
+    content, data = firmware(100)
+    content = b"".join(b"%s\r\n\r\n\n" % line for line in content.lower().split())
+    content = content.rstrip()
+    assert len(read_hex(content)[1]) == 100
+    assert read_hex(content + b"\n\n\r\n")[0].bytes == 100
+
+
+def test_hex_of_nothing_but_its_end_is_sound():
+    assert read_hex(END.encode())[0].report()["segments"] == []
+
+
+GOOD = record(0, 0, b"\1\2\3\4")
+FAULTS = {
+    "checksum": (GOOD[:-2] + "0\n" + END, "line 1: checksum is F0, should be F2"),
+    "cut off": (GOOD + GOOD[:-4] + "\n" + END, "line 2: record is cut off"),
+    "cut off at the end": (GOOD + END + "\n\n", None),
+    "only a colon": (":\n" + END, "line 1: record is cut off"),
+    "half a byte": (GOOD[:-2] + "\n" + END, "line 1: record is cut off"),
+    "too long": (GOOD[:-1] + "00\n" + END, "line 1: record is longer than the 4 bytes"),
+    "no colon": (GOOD + GOOD[1:] + END, "line 2: does not begin with a colon"),
+    "a space before": (GOOD + " " + GOOD + END, "line 2: does not begin with a colon"),
+    "a space after": (GOOD[:-1] + " \n" + END, "line 1: character 20 is no hexadecimal digit"),
+    "a comment": (GOOD[:-1] + "; x\n" + END, "line 1: character 20 is no hexadecimal digit"),
+    "no digit": (":0G" + GOOD[3:] + END, "line 1: character 3 is no hexadecimal digit"),
+    "type 06": (GOOD + record(6, 0) + END, "line 2: record type 06 is none of 00 to 05"),
+    "type FF": (record(255, 0) + END, "line 1: record type FF is none of 00 to 05"),
+    "type 01 with data": (GOOD + record(1, 0, b"\1"), "line 2: type 01 has 1 bytes, not 0"),
+    "type 02 too short": (record(2, 0, b"\1") + END, "line 1: type 02 has 1 bytes, not 2"),
+    "type 03 too long": (record(3, 0, bytes(5)) + END, "line 1: type 03 has 5 bytes, not 4"),
+    "type 04 empty": (record(4, 0) + END, "line 1: type 04 has 0 bytes, not 2"),
+    "type 05 too short": (record(5, 0, bytes(3)) + END, "line 1: type 05 has 3 bytes, not 4"),
+    "no end": (GOOD + GOOD, "line 2: no end-of-file record"),
+    "no end, no line end": (GOOD[:-1], "line 1: no end-of-file record"),
+    "data after the end": (END + GOOD, "line 2: data after the end-of-file record"),
+    "end twice": (GOOD + END + "\n" + END, "line 4: data after the end-of-file record"),
+    "CR alone": (GOOD.replace("\n", "\r") + END, "line 1: character 20 is no hexadecimal digit"),
+    "two CR": (GOOD.replace("\n", "\r\r\n") + END, "line 1: character 20 is no hexadecimal"),
+    "NUL": (GOOD + "\0\n" + END, "line 2: does not begin with a colon"),
+    "no line end at all": (":" + "00" * 5000, "line 1: record is longer than the 0 bytes"),
+}
+
+
+@pytest.mark.parametrize("content, fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("around", [0, 400])
+def test_hex_fault_names_its_line_and_says_what_is_wrong(content, fault, around):
+    content = GOOD * around + content
+    if fault is None:
+        assert read_hex(content.encode())
+        return
+    line, _, reason = fault.removeprefix("line ").partition(":")
+    with pytest.raises(HexFault, match=re.escape(f"line {int(line) + around}:{reason}")):
+        read_hex(content.encode())
+
+
+@pytest.mark.parametrize("place", range(0, 60))
+def test_hex_with_one_wrong_character_anywhere_is_a_fault(place):
+    content = bytearray(("".join([GOOD * 3, record(4, 0, b"\x10\0"), END])).encode())
+    content[place] ^= 0x01
+    with pytest.raises(HexFault):
+        read_hex(bytes(content))
+
+
+def test_hex_read_together_and_one_by_one_is_the_same(monkeypatch):
+    """The fast way against the plain one, on layouts with everything in them, in random pieces."""
+    for seed in range(150):
+        rng = random.Random(seed)
+        lines = []
+        for _ in range(rng.randrange(1, 60)):
+            kind = rng.choice([0] * 12 + [2, 3, 4, 5])
+            size = {0: rng.choice([0, 1, 4, 16, 16, 16, 255]), 2: 2, 3: 4, 4: 2, 5: 4}[kind]
+            data = rng.randbytes(size)
+            if kind in (2, 4):
+                data = rng.choice([b"\0\0", b"\x10\0", b"\0\1", b"\xff\xff"])
+            lines.append(record(kind, rng.choice([0, 16, 32, 0xFFF8, rng.randrange(65536)]), data))
+        content = "".join(lines + [END]).encode()
+        cuts = sorted(rng.randrange(len(content)) for _ in range(rng.randrange(6)))
+        layout, placed = read_hex(content)
+        assert read_hex(content, cuts) == (layout, placed)
+        assert placed == model(content)
+        assert layout.bytes == sum(len(line) // 2 - 6 for line in lines if line[7:9] == "00")
+        addresses = sorted(placed)
+        joined = [a for a in addresses if a - 1 not in placed]
+        assert [address for address, _ in layout.segments()] == joined
+        assert sum(size for _, size in layout.segments()) == len(addresses)
+        with monkeypatch.context() as slow:
+            slow.setattr(image_manager, "check_together", lambda lines: [])
+            assert read_hex(content) == (layout, placed)
+
+
+def test_hex_segment_base_wraps_at_64_kib_and_says_so():
+    content = record(2, 0, b"\x10\0") + record(0, 0xFFFE, b"abcd") + record(0, 2, b"ef") + END
+    layout, placed = read_hex(content.encode())
+    assert placed == {0x1FFFE: 97, 0x1FFFF: 98, 0x10000: 99, 0x10001: 100, 0x10002: 101, 0x10003: 102}
+    assert layout.warnings == ["The record at 0x0001FFFE wraps round to 0x00010000"]
+
+
+def test_hex_linear_base_wraps_at_4_gib_and_says_so():
+    content = record(4, 0, b"\xff\xff") + record(0, 0xFFFF, b"xy") + END
+    layout, placed = read_hex(content.encode())
+    assert placed == {0xFFFFFFFF: 120, 0: 121}
+    assert layout.warnings == ["The record at 0xFFFFFFFF wraps round to 0x00000000"]
+
+
+def test_hex_overlap_is_reported_and_the_later_record_wins():
+    content = record(0, 0, b"abcdef") + record(0, 2, b"XY") + record(0, 3, b"Z") + END
+    layout, placed = read_hex(content.encode())
+    assert bytes(placed[at] for at in range(6)) == b"abXZef"
+    assert layout.bytes == 9 and layout.segments() == [(0, 6)]
+    assert layout.warnings[0] == (
+        "2 bytes at 0x00000002 are written more than once: the last wins"
+    )
+
+
+def test_hex_that_warns_a_lot_says_how_many_more():
+    lines = [record(0, at * 8, b"ab") * 2 for at in range(25)]
+    warnings = read_hex("".join([*lines, END]).encode())[0].warnings
+    assert len(warnings) == 21 and warnings[-1] == "There are 5 more of these"
+
+
+@pytest.mark.parametrize(
+    "kind, data, address",
+    [(3, b"\x12\x34\x00\x05", "0x00012345"), (5, b"\x08\x00\x01\x00", "0x08000100")],
+)
+def test_hex_start_records_give_the_entry_point(kind, data, address):
+    layout, _ = read_hex((GOOD + record(kind, 0, data) + END).encode())
+    assert layout.report()["start_address"] == address
+
+
+def test_hex_in_too_many_pieces_is_a_fault_and_takes_bounded_memory(monkeypatch):
+    monkeypatch.setattr(image_manager, "MOST_PIECES", 100)
+    with pytest.raises(HexFault, match="separate pieces"):
+        read_hex("".join([record(0, at * 4, b"a") for at in range(200)] + [END]).encode())
+
+
+# ------------------------------------------------------------------------------------- catalogue
+
+
+@pytest.fixture
+def catalogue(tmp_path):
+    with contextlib.closing(Catalogue(tmp_path / "image_manager.db")) as catalogue:
+        yield catalogue
+
+
+def test_semver_precedence_is_that_of_the_specification():
+    rising = [
+        "no version",
+        "0.0.0-0",
+        "0.0.1",
+        "1.0.0-0.3.7",
+        "1.0.0-2",
+        "1.0.0-11",
+        "1.0.0--",
+        "1.0.0-alpha",
+        "1.0.0-alpha.1",
+        "1.0.0-alpha.beta",
+        "1.0.0-alpha-1",
+        "1.0.0-beta",
+        "1.0.0-beta.2",
+        "1.0.0-beta.11",
+        "1.0.0-rc.1",
+        "1.0.0",
+        "1.0.9",
+        "1.0.10",
+        "1.2.0",
+        "1.10.0",
+        "2.0.0",
+        "10.0.0",
+        "99999999999999999999999.0.0",
+    ]
+    keys = [semver_key(version) for version in rising]
+    assert keys == sorted(keys) and len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [("v1.2.3", "1.2.3"), ("1.2.3+a.b", "1.2.3+c"), ("1.2.3-rc.1+5", "1.2.3-rc.1")],
+)
+def test_semver_ignores_a_leading_v_and_the_build(one, other):
+    assert semver_key(one) == semver_key(other) != ""
+
+
+@pytest.mark.parametrize(
+    "version",
+    ["1.2", "1.2.3.4", "01.2.3", "1.2.3-01", "1.2.3-", "1.2.3-a..b", "1.2.3+", "V1.2.3", "vv1.2.3",
+     "1.2.3\n", " 1.2.3", "\u0661.2.3", "1.2.3-\u00e9", "latest", ""],
+)  # fmt: skip
+def test_what_is_no_semver_is_below_all_that_is(version):
+    assert semver_key(version) == ""
+
+
+def test_catalogue_keeps_the_order_of_creation_under_concurrency(catalogue):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda n: catalogue.add("a", "l", str(n)), range(80)))
+    listed = json.loads(catalogue.list_json("a", {}))
+    assert [image["created"] for image in listed] == sorted(created for _, created in made)
+    assert {image["id"] for image in listed} == {image_id for image_id, _ in made}
+
+
+def test_catalogue_has_an_index_for_each_filter_and_for_the_latest(catalogue):
+    for column in ("created", "label", "fw_version", "confirmed"):
+        plan = catalogue._row(
+            f"EXPLAIN QUERY PLAN SELECT id FROM image WHERE tenant = :t AND {column} = :v", t=1, v=1
+        )
+        assert "USING INDEX" in plan[3]
+    latest = catalogue._row("EXPLAIN QUERY PLAN " + image_manager.LATEST, tenant="a", label="b")
+    assert "image_by_precedence" in latest[3]
+
+
+def test_catalogue_commits_to_the_disk_before_it_returns(catalogue):
+    assert catalogue._row("PRAGMA synchronous") == (2,)  # FULL
+    assert catalogue._row("PRAGMA journal_mode") == ("wal",)
+
+
+def test_catalogue_is_migrated_step_by_step_and_keeps_what_it_has(tmp_path, monkeypatch):
+    path = tmp_path / "image_manager.db"
+    with contextlib.closing(Catalogue(path)) as old:
+        image_id, _ = old.add("a", "label", "1.0.0")
+    step = "ALTER TABLE image ADD COLUMN note TEXT; UPDATE image SET note = 'kept'"
+    monkeypatch.setattr(image_manager, "MIGRATIONS", (*image_manager.MIGRATIONS, step))
+    for _ in range(2):
+        with contextlib.closing(Catalogue(path)) as new:
+            assert new._row("SELECT note FROM image WHERE id = :id", id=image_id) == ("kept",)
+
+
+@pytest.mark.parametrize("content", [b"no database" * 200, None])
+def test_catalogue_that_is_none_stops_the_start(tmp_path, content):
+    path = tmp_path / "image_manager.db"
+    path.write_bytes(content) if content else path.mkdir()
+    with pytest.raises(CannotStart, match=r"Cannot use .*image_manager\.db.*: restore it"):
+        Catalogue(path)
+
+
+@pytest.mark.parametrize(
+    "statement, reason",
+    [
+        ("PRAGMA user_version = 99", "newer version"),
+        ("CREATE TABLE songs (name TEXT)", "another program"),
+    ],
+)
+def test_catalogue_of_another_program_or_version_stops_the_start(tmp_path, statement, reason):
+    path = tmp_path / "image_manager.db"
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute(statement)
+    before = path.read_bytes()
+    with pytest.raises(CannotStart, match=reason):
+        Catalogue(path)
+    assert path.read_bytes()[100:] == before[100:]
+
+
+def test_catalogue_closes_its_connections_also_those_that_are_lent(tmp_path):
+    catalogue = Catalogue(tmp_path / "image_manager.db")
+    with catalogue._connection() as lent:
+        catalogue.close()
+        lent.execute("SELECT 1")
+    with pytest.raises(sqlite3.ProgrammingError):
+        lent.execute("SELECT 1")
+    assert not catalogue._idle
+
+
+# ------------------------------------------------------------------------------------- binaries
+
+
+@pytest.fixture
+def store(tmp_path):
+    return BinaryStore(tmp_path)
+
+
+def received(store, content, pieces=7, image_id="one", **others):
+    """Receive and publish a binary in pieces; return what it is."""
+    with store.receive(others.pop("limit", MIB), **others) as upload:
+        for at in range(0, len(content), max(len(content) // pieces, 1)):
+            upload.write(content[at : at + max(len(content) // pieces, 1)])
+        binary = upload.finish()
+        store.publish(upload, image_id)
+    return binary
+
+
+def test_binary_is_stored_with_its_size_digest_and_raw_bytes(store):
+    content, data = firmware(5000, base=0x1000)
+    binary = received(store, content)
+    assert (binary.size, binary.sha256) == (len(content), sha256(content))
+    assert json.loads(binary.segments) == [[0x1000, 5000]]
+    assert (store.folder / "one.hex").read_bytes() == content
+    assert (store.folder / "one.bin").read_bytes() == data
+    assert not list(store.uploads.iterdir())
+
+
+def test_raw_bytes_stand_in_the_order_of_addresses_joined_and_without_overwritten_ones(store):
+    lines = [record(0, 0x200, b"late"), record(0, 0x100, b"early"), record(0, 0x102, b"RL")]
+    binary = received(store, "".join([*lines, END]).encode())
+    assert (store.folder / "one.bin").read_bytes() == b"eaRLylate"
+    assert json.loads(binary.segments) == [[0x100, 5], [0x200, 4]]
+    assert [path.name for path in store.uploads.iterdir()] == []
+
+
+def test_any_other_file_is_stored_as_it_is(store):
+    for content in (b"\x7fELF", b"", b" :00000001FF\n", b"\n:00000001FF\n"):
+        binary = received(store, content, image_id=sha256(content))
+        assert binary.segments is binary.report is None
+        assert (store.folder / f"{sha256(content)}.hex").read_bytes() == content
+    assert not list(store.folder.glob("*.bin"))
+
+
+@pytest.mark.parametrize("content", [b"\x7fELF", b"", b"\n" + END.encode()])
+def test_only_intel_hex_is_stored_where_it_is_required(store, content):
+    with pytest.raises(BadRequest, match="^Not an Intel HEX file$"):
+        received(store, content, require=True, check=False)
+    assert not list(store.uploads.iterdir()) and not list(store.folder.iterdir())
+
+
+def test_faulty_intel_hex_is_stored_only_unchecked_and_then_without_raw_bytes(store):
+    content = firmware(5000)[0][:-20]
+    with pytest.raises(BadRequest, match=r"^Corrupt Intel HEX: line 31\d: "):
+        received(store, content)
+    binary = received(store, content, check=False)
+    assert binary.segments is None and binary.sha256 == sha256(content)
+    assert [path.name for path in store.folder.iterdir()] == ["one.hex"]
+
+
+def excerpt(tmp_path, content, pieces, size, fill=b"\xff"):
+    (tmp_path / "file").write_bytes(content)
+    return Excerpt(open(tmp_path / "file", "rb", buffering=0), pieces, size, fill)
+
+
+def test_excerpt_reads_pieces_and_gaps_as_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_manager, "BLOCK", 7)
+    pieces = [Extent(3, 4, 0), Extent(7, 2, 4), Extent(20, 5, 6)]
+    whole = b"..." + b"abcd" + b"ef" + b"." * 11 + b"ghijk" + b"..."
+    with contextlib.closing(excerpt(tmp_path, b"abcdefghijk", pieces, 28, b".")) as file:
+        for begin, end in itertools.combinations_with_replacement(range(29), 2):
+            file.narrow(begin, end)
+            assert b"".join(iter(file.read, b"")) == whole[begin:end]
+            assert file.seek(0, os.SEEK_END) == end - begin and file.read() == b""
+            assert file.seek(0) == 0 and file.read(3) == whole[begin : min(begin + 3, end)]
+            assert file.tell() == min(3, end - begin)
+
+
+@pytest.mark.parametrize("with_pread", [True, False])
+def test_excerpt_of_a_file_cut_off_is_an_error_not_a_short_read(tmp_path, monkeypatch, with_pread):
+    if not with_pread:
+        monkeypatch.delattr(os, "pread", raising=False)
+    with contextlib.closing(excerpt(tmp_path, b"abc", [Extent(0, 5, 0)], 5)) as file:
+        assert file.read(2) == b"ab"
+        with pytest.raises(OSError, match="cut off"):
+            file.read(3)
+
+
+def test_excerpt_over_a_wide_gap_takes_no_memory(tmp_path):
+    pieces = [Extent(0, 1, 0), Extent(256 * MIB - 1, 1, 1)]
+    with contextlib.closing(excerpt(tmp_path, b"az", pieces, 256 * MIB)) as file:
+        assert len(file.read()) == image_manager.BLOCK
+        file.seek(-2, os.SEEK_END)
+        assert file.read() == b"\xffz"
+
+
+# ------------------------------------------------------------------------------------- routes: life of an image
+
+
+def test_the_life_of_an_image(client, app):
+    created = client.post_json("/image/", {"label": "FW_Example", "fw_version": "1.0.0"}, status=201)
+    image_id = created.json["id"]
+    assert str(uuid.UUID(image_id, version=4)) == image_id
+    path = f"/image/{image_id}"
+    assert created.headers["Location"] == created.json["url"] == path
+    assert created.json.keys() == {"id", "label", "published_at", "url"}
+    assert datetime.fromisoformat(created.json["published_at"]).utcoffset().seconds == 0
+    assert re.fullmatch(r"[\d-]{10}T[\d:]{8}\.\d{6}\+00:00", created.json["published_at"])
+    shown = {
+        "id": image_id,
+        "label": "FW_Example",
+        "fw_version": "1.0.0",
+        "created": created.json["published_at"],
+        "confirmed": False,
+    }
+    assert client.get(path).json == shown
+    assert client.get("/image").json == [shown]
+    error(client.get(path + "/binary", status=404), 404, "Image does not have an binary file")
+
+    content, _ = firmware()
+    body, headers = form(content)
+    uploaded = client.post(path + "/binary", body, headers)
+    assert uploaded.json == {"image": image_id, "message": "image uploaded"}
+    stored = client.get(path).json
+    report = stored.pop("hex")
+    updated = stored.pop("updated")
+    assert stored == {**shown, "confirmed": True, "size": len(content), "sha256": sha256(content)}
+    assert updated > shown["created"] and report["bytes"] == 1000
+    assert client.get("/image/binary/").json == [f"{image_id}.hex"]
+    assert client.get(path + "/binary").body == content
+
+    assert client.delete(path + "/binary").json == {"result": "ok"}
+    cleared = client.get(path).json
+    assert cleared.pop("updated") > updated and cleared == shown
+    assert client.get("/image/binary").json == []
+    assert client.delete(path + "/binary").json == {"result": "ok"}  # a retry
+
+    client.upload(image_id, b"other bytes")
+    removed = client.delete(path)
+    assert removed.json.keys() == {"result", "removed_image"}
+    assert removed.json["result"] == "ok" and removed.json["removed_image"]["size"] == 11
+    for call in (client.get, client.delete):
+        error(call(path, status=404), 404, f"No such image: {image_id}")
+    assert client.get("/image").json == [] and folder_is_clean(app)
+
+
+@pytest.mark.parametrize("prefix", ["", "/fw-image"])
+def test_every_path_works_with_and_without_a_slash_and_prefix(settings, prefix):
+    application = create_app(Settings(data=settings.data, url_prefix=prefix))
+    with contextlib.closing(application):
+        client = client_of(application)
+        image_id = client.stored()
+        for base in {"", prefix}:
+            for route in ROUTES:
+                path = base + route.path.replace("<image_id>", image_id)
+                if route.method == "GET":
+                    path_query = "?label=sensor" if route.handler == "latest_image" else ""
+                    for slash in ("", "/"):
+                        assert client.get(path + slash + path_query).status_int == 200
+        made = client.post_json("/image", {"label": "a", "fw_version": "b"})
+        assert made.headers["Location"] == made.json["url"] == f"{prefix}/image/{made.json['id']}"
+        link = client.post(f"/image/{image_id}/binary/link").json["url"]
+        assert link.startswith(f"http://localhost:80{prefix}/image/{image_id}/binary?")
+        page = client.get(f"{prefix}/image?limit=1")
+        assert f"<{prefix}/image?limit=1&offset=1>" in page.headers["Link"]
+
+
+# ------------------------------------------------------------------------------------- routes: who may do what
+
+
+def request_to(route, client, image_id, status=None, headers=None):
+    """Make a request that a route would answer with success."""
+    path = route.path.replace("<image_id>", image_id)
+    path += "?label=sensor" if route.handler == "latest_image" else ""
+    body, headers = b"", dict(headers or {})
+    if route.takes == "image":
+        body, kind = b'{"label": "sensor", "fw_version": "1"}', "application/json"
+        headers["Content-Type"] = kind
+    elif route.takes == "form":
+        body, kind = form(firmware()[0])
+        headers |= kind
+    elif route.takes == "file":
+        body = firmware()[0]
+    return client.request(path, method=route.method, body=body, headers=headers, status=status)
+
+
+GUARDED = [route for route in ROUTES if route.right]
+NAMES = [route.handler for route in GUARDED]
+
+
+@pytest.mark.parametrize("route", GUARDED, ids=NAMES)
+def test_route_wants_a_token(route, client):
+    image_id = client.stored()
+    client.authorization = None
+    response = request_to(route, client, image_id, 401)
+    error(response, 401, "No authorization token has been supplied")
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    response = request_to(route, client, image_id, 401, {"Authorization": "Bearer e30.e30.e30"})
+    assert response.json["message"].startswith("Invalid authorization token: ")
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("route", GUARDED, ids=NAMES)
+def test_route_wants_its_right_and_no_other(route, client, app):
+    image_id = client.stored()
+    others = [right.removeprefix("image:") for right in image_manager.RIGHTS if right != route.right]
+    for rights in ([others[0]], [others[1]], others):
+        response = request_to(route, client.as_("admin", *rights), image_id, 403)
+        error(response, 403, f"This token does not give the right {route.right}")
+        challenge = 'Bearer error="insufficient_scope"'
+        assert response.headers["WWW-Authenticate"] == challenge
+    assert client.as_("admin", "read").get(f"/image/{image_id}/binary").body == firmware()[0]
+    client.as_("admin", route.right.removeprefix("image:"))
+    assert request_to(route, client, image_id).status_int in (200, 201)
+
+
+@pytest.mark.parametrize("route", GUARDED, ids=NAMES)
+def test_route_shows_and_gives_nothing_to_another_tenant(route, client):
+    image_id = client.stored()
+    before = client.get(f"/image/{image_id}").json
+    response = request_to(route, client.as_("other"), image_id, "*")
+    if "<image_id>" in route.path:
+        error(response, 404, f"No such image: {image_id}")
+    else:
+        assert image_id not in response.text
+    assert client.as_("admin").get(f"/image/{image_id}").json == before
+
+
+def test_every_route_names_its_right_and_only_three_are_public():
+    public = {route.handler for route in ROUTES if route.right == image_manager.PUBLIC}
+    assert public == {"health", "describe"}
+    assert {route.right for route in GUARDED} == set(image_manager.RIGHTS)
+    assert [route.handler for route in ROUTES if route.by_link] == ["download_binary"]
+    assert "right" not in image_manager.Route._field_defaults
+
+
+def test_health_is_for_all_and_leaves_nothing_behind(client, app):
+    client.authorization = None
+    for _ in range(3):
+        assert client.get("/health").json == {"status": "ok"}
+    assert folder_is_clean(app)
+    assert client.head("/health").headers["Content-Length"] == "16"
+
+
+def test_health_says_what_is_wrong(client, app, monkeypatch):
+    def full(_):
+        return shutil._ntuple_diskusage(0, 0, image_manager.RESERVE - 1)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shutil, "disk_usage", full)
+        assert "full" in client.get("/health", status=503).json["message"]
+    shutil.rmtree(app.binaries.uploads)
+    assert "No such file" in client.get("/health", status=503).json["message"]
+    app.binaries.uploads.mkdir()
+    while app.catalogue._idle:
+        app.catalogue._idle.pop().close()
+    (app.settings.data / "image_manager.db").write_bytes(b"x" * 5000)
+    assert client.get("/health", status=503).json["message"].startswith("Not healthy: ")
+
+
+# ------------------------------------------------------------------------------------- routes: images
+
+MISSING, NULL = "Missing data for required field.", "Field may not be null."
+NO_STRING, SHORT = "Not a valid string.", "Shorter than minimum length 1."
+LONG, CONTROL = "Longer than maximum length 128.", "Contains control characters."
+
+
+@pytest.mark.parametrize(
+    "members, errors",
+    [
+        ({}, {"label": [MISSING], "fw_version": [MISSING]}),
+        ({"label": "a"}, {"fw_version": [MISSING]}),
+        ({"label": None, "fw_version": 1}, {"label": [NULL], "fw_version": [NO_STRING]}),
+        ({"label": "", "fw_version": []}, {"label": [SHORT], "fw_version": [NO_STRING]}),
+        ({"label": "a" * 129, "fw_version": "1"}, {"label": [LONG]}),
+        ({"label": "a" * 128 + "\n", "fw_version": "\0"}, {"label": [LONG, CONTROL], "fw_version": [CONTROL]}),
+        ({"label": "\x85", "fw_version": True}, {"label": [CONTROL], "fw_version": [NO_STRING]}),
+    ],
+)
+def test_faulty_image_is_refused_with_all_reasons(client, members, errors):
+    response = client.post_json("/image", members, status=400)
+    assert response.json == {"message": "failed to parse input", "errors": errors}
+    present = {name: errors[name] for name in members if name in errors}
+    image_id = client.create()
+    if present:
+        response = client.patch_json(f"/image/{image_id}", members, status=400)
+        assert response.json == {"message": "failed to parse input", "errors": present}
+    assert len(client.get("/image").json) == 1
+
+
+def test_lone_surrogate_is_no_valid_string(client):
+    body = '{"label": "\\ud800", "fw_version": "1"}'
+    response = client.post("/image", body, {"Content-Type": "application/json"}, status=400)
+    assert response.json["errors"] == {"label": [NO_STRING]}
+
+
+@pytest.mark.parametrize("text", ["a" * 128, "ä" * 128, "\U0001f600", "'; DROP TABLE image; --", " "])
+def test_any_other_text_will_do(client, text):
+    image_id = client.create(text, text)
+    assert client.get(f"/image/{image_id}").json["label"] == text
+    query = urllib.parse.urlencode({"label": text, "fw_version": text})
+    assert [image["id"] for image in client.get(f"/image?{query}").json] == [image_id]
+
+
+NOT_JSON = {
+    "empty": (b"", "application/json"),
+    "no JSON": (b"label=a", "application/json"),
+    "a list": (b"[]", "application/json"),
+    "a string": (b'"label"', "application/json"),
+    "another type": (b'{"label": "a", "fw_version": "1"}', "text/plain"),
+    "no type": (b'{"label": "a", "fw_version": "1"}', None),
+    "a form": (b'{"label": "a", "fw_version": "1"}', "application/x-www-form-urlencoded"),
+    "not UTF-8": (b'{"label": "\xff", "fw_version": "1"}', "application/json"),
+    "UTF-16": ('{"label": "a", "fw_version": "1"}'.encode("utf-16"), "application/json"),
+    "deep": (b'{"a":' * 10000 + b"1" + b"}" * 10000, "application/json"),
+    "deep lists": (b"[" * 60000, "application/json"),
+    "a member twice": (b'{"label": "a", "label": "b", "fw_version": "1"}', "application/json"),
+    "NaN": (b'{"label": "a", "fw_version": "1", "x": NaN}', "application/json"),
+    "a long number": (b'{"label": ' + b"1" * 5000 + b"}", "application/json"),
+}
+
+
+@pytest.mark.parametrize("body, kind", NOT_JSON.values(), ids=NOT_JSON)
+def test_what_is_no_json_object_is_refused(client, body, kind):
+    message = "Payload must be valid JSON, and Content-Type set accordingly"
+    headers = {"Content-Type": kind} if kind else {"Content-Type": ""}
+    error(client.post("/image", body, headers, status=400), 400, message)
+    image_id = client.create()
+    response = client.request(
+        f"/image/{image_id}", method="PATCH", body=body, headers=headers, status=400
+    )
+    error(response, 400, message)
+
+
+def test_json_with_parameters_and_other_members_is_fine(client):
+    body = b'{"label": "a", "fw_version": "1", "confirmed": true, "id": "x"}'
+    made = client.post("/image", body, {"Content-Type": "Application/JSON; charset=utf-8"})
+    assert client.get(made.json["url"]).json["confirmed"] is False and made.json["id"] != "x"
+
+
+def test_json_of_more_than_64_kib_is_too_large(client):
+    body = json.dumps({"label": "a", "fw_version": "1", "x": "y" * 65536}).encode()
+    headers = {"Content-Type": "application/json"}
+    assert client.post("/image", body, headers, status=413).json["status"] == 413
+    body = body[: 65536 - 2] + b'"}'
+    assert client.post("/image", body, headers, status=201)
+
+
+def test_change_of_label_and_version(client):
+    image_id = client.stored(fw_version="2.0.0")
+    path = f"/image/{image_id}"
+    before = client.get(path).json
+    changed = client.patch_json(path, {"label": "new"}).json
+    assert changed == client.get(path).json == {**before, "label": "new", "updated": changed["updated"]}
+    assert changed["updated"] > before["updated"]
+    assert client.patch_json(path, {"fw_version": "0.1.0", "confirmed": False}).json["confirmed"]
+    other = client.stored(label="new", fw_version="1.0.0")
+    assert client.get("/image/latest?label=new").json["id"] == other
+    for members in ({}, {"confirmed": True}):
+        response = client.patch_json(path, members, status=400)
+        errors = {"_schema": ["Nothing to change."]}
+        assert response.json == {"message": "failed to parse input", "errors": errors}
+    missing = str(uuid.uuid4())
+    response = client.patch_json(f"/image/{missing}", {"label": "a"}, status=404)
+    error(response, 404, f"No such image: {missing}")
+
+
+def test_list_is_filtered_by_each_and_all(client):
+    made = {
+        (label, version): client.create(label, version)
+        for label in ("a", "b")
+        for version in ("1", "2")
+    }
+    client.upload(made["a", "2"], b"x")
+
+    def ids(query):
+        return [image["id"] for image in client.get("/image" + query).json]
+
+    assert ids("") == list(made.values())
+    assert ids("?label=a") == [made["a", "1"], made["a", "2"]]
+    assert ids("?fw_version=2") == [made["a", "2"], made["b", "2"]]
+    assert ids("?confirmed=true") == [made["a", "2"]]
+    assert ids("?confirmed=false&label=a") == [made["a", "1"]]
+    assert ids("?confirmed=true&label=a&fw_version=2") == [made["a", "2"]]
+    assert ids("?label=nothing") == []
+
+
+def test_list_comes_in_pages_with_total_and_links(client):
+    made = [client.create("a", str(number)) for number in range(7)]
+    client.create("b")
+    assert "X-Total-Count" not in client.get("/image?label=a").headers
+    page, seen = client.get("/image?label=a&limit=3"), []
+    for number in range(3):
+        assert page.headers["X-Total-Count"] == "7"
+        seen += [image["id"] for image in page.json]
+        links = dict(
+            reversed(re.fullmatch('<(.*)>; rel="(.*)"', link).groups())
+            for link in page.headers["Link"].split(", ")
+        )
+        assert links.keys() == {"next"} | {"prev"} if number == 1 else {"next", "prev"} - {
+            "prev" if number == 0 else "next"
+        }
+        if "next" in links:
+            page = client.get(links["next"])
+    assert seen == made
+    assert [image["id"] for image in client.get(links["prev"]).json] == made[3:6]
+    assert "Link" not in client.get("/image?label=a&limit=7").headers
+    beyond = client.get("/image?limit=5&offset=100")
+    assert beyond.json == [] and beyond.headers["X-Total-Count"] == "8"
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["x=1", "label=", "label=a&label=a", "label=a&label=b", "confirmed=1", "confirmed=", "confirmed=True",
+     "limit=0", "limit=1001", "limit=-1", "limit=x", "limit=", "limit=0x10", "limit=1&limit=2",
+     "offset=1", "limit=1&offset=-1", "limit=1&offset=", "limit=1&offset=" + "9" * 5000,
+     "limit=%D9%A1", "label=%00", "label=a%0A", "label=%FF", "label=%ED%A0%80", "label=" + "a" * 129,
+     "fw_version=", "label"],
+)  # fmt: skip
+def test_list_refuses_any_other_query(client, query):
+    error(client.get("/image?" + query, status=400), 400, "Invalid query param supplied")
+
+
+def test_latest_is_the_highest_version_that_has_a_binary(client):
+    client.create("a", "9.9.9")
+    for version in ("1.0.0-rc.1", "nightly", "1.2.0", "1.10.0", "v1.10.0-beta"):
+        client.stored(b"x", label="a", fw_version=version)
+    client.stored(b"x", label="b", fw_version="2.0.0")
+    latest = client.get("/image/latest?label=a").json
+    assert latest["fw_version"] == "1.10.0" and latest["confirmed"]
+    again = client.stored(b"x", label="a", fw_version="v1.10.0+build")
+    assert client.get("/image/latest?label=a").json["id"] == again  # of equals, the last
+    client.delete(f"/image/{again}/binary")
+    assert client.get("/image/latest?label=a").json == latest
+    for version in ("1.10.0", "v1.10.0+x", "1.11.0", "2.0.0-alpha"):
+        response = client.get(f"/image/latest?label=a&current={urllib.parse.quote(version)}", status=204)
+        assert response.body == b"" and "Content-Length" not in response.headers
+    for version in ("1.9.9", "1.10.0-rc.9", "nightly", "zzz", "1.10"):
+        assert client.get(f"/image/latest?label=a&current={version}").json == latest
+    error(client.get("/image/latest?label=none", status=404), 404, "No image with this label has a binary")
+
+
+def test_latest_where_nothing_is_semver_is_the_last_created(client):
+    for version in ("zz", "aa", "mm"):
+        client.stored(b"x", label="a", fw_version=version)
+    assert client.get("/image/latest?label=a").json["fw_version"] == "mm"
+    client.get("/image/latest?label=a&current=mm", status=204)
+    client.get("/image/latest?label=a&current=zz", status=200)
+    client.get("/image/latest?label=a&current=0.0.1", status=204)
+
+
+@pytest.mark.parametrize("query", ["", "?label=", "?label=a&current=", "?label=a&x=1", "?label=a&label=a"])
+def test_latest_refuses_any_other_query(client, query):
+    error(client.get("/image/latest" + query, status=400), 400, "Invalid query param supplied")
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [("efac", "efac"), ("..", ".."), ("%2e%2e", ".."), ("a%20b", "a b"), ("%C3%A4", "ä"),
+     ("%FF", "\ufffd"), ("%00", "\0"), ("a" * 3000, "a" * 3000), ("%27%3B--", "';--"),
+     ("57852F31-A906-4D5F-A0C3-FDE41FF64D00", "57852F31-A906-4D5F-A0C3-FDE41FF64D00")],
+)  # fmt: skip
+def test_what_is_no_id_is_an_image_that_is_not_there(client, asked, said):
+    for call in (client.get, client.delete):
+        for path in (f"/image/{asked}", f"/image/{asked}/binary"):
+            error(call(path, status=404), 404, f"No such image: {said}")
+    error(client.put(f"/image/{asked}/binary", b"x", status=404), 404, f"No such image: {said}")
+
+
+def test_id_in_capitals_is_another_id(client):
+    image_id = client.create()
+    error(client.get(f"/image/{image_id.upper()}", status=404), 404, f"No such image: {image_id.upper()}")
+
+
+@pytest.mark.parametrize("path", ["/", "/x", "/images", "/image/a/b", "/image//binary", "/image/a/binary/x", "/health/x"])
+def test_unknown_path_is_404(client, path):
+    error(client.get(path, status=404), 404, "No such path")
+
+
+@pytest.mark.parametrize(
+    "method, path, allowed",
+    [
+        ("PUT", "/image", "GET, HEAD, POST"),
+        ("POST", "/health", "GET, HEAD"),
+        ("OPTIONS", "/image/x/binary", "DELETE, GET, HEAD, POST, PUT"),
+        ("GET", "/image/x/binary/link", "POST"),
+        ("HEAD", "/image/x/binary/link", "POST"),
+        ("PATCH", "/image/x/binary", "DELETE, GET, HEAD, POST, PUT"),
+        ("BREW", "/image/x", "DELETE, GET, HEAD, PATCH"),
+    ],
+)
+def test_wrong_method_is_405_and_says_which_are_right(client, method, path, allowed):
+    response = client.request(path, method=method, status=405)
+    assert response.headers["Allow"] == allowed
+    if method != "HEAD":
+        error(response, 405, "Method not allowed")
+
+
+def test_head_works_wherever_get_does(client):
+    image_id = client.stored()
+    for route in ROUTES:
+        if route.method == "GET":
+            path = route.path.replace("<image_id>", image_id)
+            path += "?label=sensor" if route.handler == "latest_image" else ""
+            got, head = client.get(path), client.head(path)
+            assert head.status == got.status and head.body == b""
+            assert head.headers["Content-Length"] == str(len(got.body))
+            assert head.content_type == got.content_type
+
+
+def test_bug_is_500_with_no_internals_in_the_body_and_the_traceback_in_the_log(client, app, monkeypatch):
+    def bug(*_):
+        raise RuntimeError("the very reason")
+
+    monkeypatch.setattr(app.catalogue, "get_json", bug)
+    response = client.get(f"/image/{client.create()}", status=500, expect_errors=True)
+    error(response, 500, "Internal server error: the log says more")
+    assert "RuntimeError: the very reason" in response.errors
+
+
+def test_every_change_is_logged_in_one_line_with_nothing_secret(client, app, caplog):
+    caplog.set_level("INFO", "image_manager")
+    token = sign({"service": "lab", "sub": 'rig\n"7"'})
+    client.authorization = None
+    headers = {"Authorization": token}
+    made = client.post_json("/image", {"label": "a", "fw_version": "1"}, headers=headers)
+    path = made.json["url"]
+    client.put(path + "/binary", b"x", headers)
+    client.get(path, headers)
+    client.delete(path + "/a%0Ab", headers, status=404)
+    client.delete(path, {"Authorization": token[:-2]}, status=401)
+    client.delete(path + "/binary", headers)
+    lines = [line.getMessage() for line in caplog.records]
+    start = 'tenant="lab" sub="rig\\n\\"7\\"" '
+    assert lines == [
+        f"{start}POST /image 201",
+        f"{start}PUT {path}/binary 200",
+        f"tenant=null sub=null DELETE {path} 401",
+        f"{start}DELETE {path}/binary 200",
+    ]
+    assert token.rpartition(".")[2] not in caplog.text
+
+
+# ------------------------------------------------------------------------------------- routes: upload
+
+
+@pytest.mark.parametrize(
+    "body, headers, message",
+    [
+        (b"x", {"Content-Type": "application/octet-stream"}, "Payload must be valid multipart/form-data"),
+        (b"x", {"Content-Type": ""}, "Payload must be valid multipart/form-data"),
+        (b"x", {"Content-Type": "multipart/form-data"}, "Payload must be valid multipart/form-data"),
+        (b"x", {"Content-Type": "multipart/form-data; boundary=XyZ"}, "Payload must be valid multipart/form-data"),
+        (b"", {"Content-Type": "multipart/form-data; boundary=XyZ"}, "Payload must be valid multipart/form-data"),
+        (form(b"x")[0][:-9], form(b"")[1], "Payload must be valid multipart/form-data"),
+        (form(b"x")[0].replace(b"form-data", b"attachment"), form(b"")[1], "Payload must be valid multipart/form-data"),
+        (b"--XyZ--\r\n", form(b"")[1], "Payload must contain a file"),
+        (b'--XyZ\r\nContent-Disposition: form-data; name="image"\r\n\r\nx\r\n--XyZ--\r\n', form(b"")[1], "Payload must contain a file"),
+        (*form(b"x", name="file"), "File form does not have an image field"),
+        (*form(b"x", filename=""), "Filename empty"),
+        (*form(b"x", filename="fw.bin"), "Invalid File"),
+        (*form(b"x", filename="hex"), "Invalid File"),
+        (*form(b"x", filename="fw.hex.exe"), "Invalid File"),
+        (form(b"x")[0][:-9] + form(b"y")[0], form(b"")[1], "Payload must contain one file named image, not two"),
+    ],
+)  # fmt: skip
+def test_form_that_is_not_one_hex_file_named_image_is_refused(client, app, body, headers, message):
+    image_id = client.create()
+    error(client.post(f"/image/{image_id}/binary", body, headers, status=400), 400, message)
+    assert not client.get(f"/image/{image_id}").json["confirmed"] and folder_is_clean(app)
+
+
+@pytest.mark.parametrize("name", ["fw.hex", "FW.HEX", "../../etc/x.Hex", "a b.hex", 'q%22.hex', "\u00e4.hex"])
+def test_form_with_any_name_that_ends_in_hex_is_taken_and_the_name_is_no_path(client, app, name):
+    image_id = client.create()
+    body, headers = form(b"content\r\n--Xy", filename=name)
+    extra = b'--XyZ\r\nContent-Disposition: form-data; name="note"\r\n\r\nhello\r\n'
+    client.post(f"/image/{image_id}/binary", extra + body, headers)
+    assert client.get(f"/image/{image_id}/binary").body == b"content\r\n--Xy"
+    assert folder_is_clean(app, image_id)
+
+
+def test_boundary_keeps_its_case(client):
+    image_id = client.create()
+    body, headers = form(b"content", boundary="AbC")
+    client.post(f"/image/{image_id}/binary", body, headers)
+
+
+@pytest.mark.parametrize("limit", ["headers", "header size", "parts"])
+def test_form_that_is_all_head_is_refused(client, limit):
+    image_id = client.create()
+    body, headers = form(b"x")
+    head = {"headers": b"X-A: b\r\n" * 20, "header size": b"X-A: " + b"b" * 6000 + b"\r\n"}
+    if limit in head:
+        body = body.replace(b"\r\n", b"\r\n" + head[limit], 1)
+    else:
+        body = b'--XyZ\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n' * 200 + body
+    response = client.post(f"/image/{image_id}/binary", body, headers, status=400)
+    error(response, 400, "Payload must be valid multipart/form-data")
+
+
+def test_put_stores_the_body_and_so_does_an_empty_file(client):
+    for content in (firmware(70000)[0], b"", b"\0" * 100):
+        image_id = client.create()
+        uploaded = client.upload(image_id, content)
+        assert uploaded.json == {"image": image_id, "message": "image uploaded"}
+        assert client.get(f"/image/{image_id}/binary").body == content
+        assert client.get(f"/image/{image_id}").json["size"] == len(content)
+
+
+def test_put_whose_body_ends_early_or_has_no_length_is_refused(client, app):
+    image_id = client.create()
+    path = f"/image/{image_id}/binary"
+    with pytest.MonkeyPatch.context() as loose:
+        loose.setitem(client.extra_environ, "CONTENT_LENGTH", "100")
+        response = client.put(path, b"x", headers={"Content-Length": "100"}, status=400)
+    error(response, 400, "The body ended before its Content-Length")
+    environ = {**client.extra_environ, "REQUEST_METHOD": "PUT", "PATH_INFO": path, "wsgi.input": io.BytesIO()}
+    environ |= {"HTTP_AUTHORIZATION": f"Bearer {app.tokens.issue('admin')}", "wsgi.errors": io.StringIO()}
+    told = []
+    assert b"Content-Length" in b"".join(app(environ, lambda *answer: told.append(answer)))
+    assert told[0][0].startswith("411 ") and folder_is_clean(app)
+
+
+def test_same_bytes_again_succeed_and_other_bytes_are_refused(client, app):
+    content, _ = firmware()
+    image_id = client.stored(content)
+    path = f"/image/{image_id}/binary"
+    before = client.get(f"/image/{image_id}").json
+    body, headers = form(content)
+    assert client.post(path, body, headers).json == {"image": image_id, "message": "image uploaded"}
+    client.upload(image_id, content)
+    error(client.put(path, b"other", status=409), 409, "Binary already exists")
+    assert client.get(f"/image/{image_id}").json == before
+    assert client.get(path).body == content and folder_is_clean(app, image_id)
+    client.delete(path)
+    client.upload(image_id, b"other")
+    assert client.get(path).body == b"other"
+
+
+def test_sha256_must_match(client, app):
+    content, _ = firmware()
+    image_id = client.create()
+    error(
+        client.upload(image_id, content, "?sha256=" + "0" * 64, status=400),
+        400,
+        f"The SHA-256 of what was received is {sha256(content)}",
+    )
+    for value in ("", "abc", "0" * 63, "0" * 65, "g" * 64):
+        message = "Invalid query param supplied"
+        error(client.upload(image_id, content, f"?sha256={value}", status=400), 400, message)
+    assert folder_is_clean(app) and not client.get(f"/image/{image_id}").json["confirmed"]
+    client.upload(image_id, content, f"?sha256={sha256(content).upper()}")
+
+
+def test_corrupt_intel_hex_is_refused_unless_told_otherwise(client, app):
+    content = firmware()[0].replace(b"\r\n", b"\n")
+    lines = content.splitlines(keepends=True)
+    cut_off = b"".join(lines[:11]) + lines[11][:-5]
+    image_id = client.create()
+    message = "Corrupt Intel HEX: line 12: record is cut off"
+    error(client.upload(image_id, cut_off, status=400), 400, message)
+    body, headers = form(b"".join(lines[:-1]), filename="cut-off.hex")
+    response = client.post(f"/image/{image_id}/binary", body, headers, status=400)
+    error(response, 400, f"Corrupt Intel HEX: line {len(lines) - 1}: no end-of-file record")
+    assert folder_is_clean(app)
+    error(
+        client.upload(image_id, cut_off, "?validate=no", status=400),
+        400,
+        "Invalid query param supplied",
+    )
+    client.upload(image_id, cut_off, "?validate=false")
+    assert client.get(f"/image/{image_id}/binary").body == cut_off
+    assert "hex" not in client.get(f"/image/{image_id}").json
+    assert client.get(f"/image/{image_id}/binary?format=bin", status=422).json["status"] == 422
+    sound = client.create()
+    client.upload(sound, content, "?validate=false")
+    assert client.get(f"/image/{sound}").json["hex"]["bytes"] == 1000
+
+
+def test_only_intel_hex_is_taken_where_it_is_required(settings):
+    strict = Settings(data=settings.data, require_intel_hex=True)
+    with contextlib.closing(create_app(strict)) as application:
+        client = client_of(application)
+        image_id = client.create()
+        for content, query in ((b"\x7fELF", ""), (b"", ""), (b"x", "?validate=false")):
+            response = client.upload(image_id, content, query, status=400)
+            error(response, 400, "Not an Intel HEX file")
+        client.upload(image_id, firmware()[0])
+
+
+def test_upload_larger_than_allowed_is_refused_and_nothing_is_left(settings):
+    small = Settings(data=settings.data, max_upload=10_000)
+    with contextlib.closing(create_app(small)) as application:
+        client = client_of(application)
+        image_id = client.create()
+        client.upload(image_id, b"x" * 10_001, status=413)
+        body, headers = form(b"x" * 10_001)
+        message = "The body is larger than the 10000 bytes allowed here"
+        path = f"/image/{image_id}/binary"
+        error(client.post(path, body, headers, status=413), 413, message)
+        assert folder_is_clean(application)
+        body, headers = form(b"x" * 10_000)
+        client.post(path, body, headers)
+        client.post(path, b"--XyZ\r\n" + b"x" * 80_000, headers, status=413)
+
+
+# ------------------------------------------------------------------------------------- routes: download
+
+
+def test_download_carries_digest_tag_and_name(client):
+    content, _ = firmware()
+    image_id = client.stored(content)
+    response = client.get(f"/image/{image_id}/binary")
+    digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
+    expected = {
+        "Content-Type": "application/octet-stream",
+        "Content-Length": str(len(content)),
+        "Content-Disposition": f'attachment; filename="{image_id}.hex"',
+        "ETag": f'"{sha256(content)}"',
+        "Repr-Digest": f"sha-256=:{digest}:",
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, no-cache",
+    }
+    assert {name: response.headers[name] for name in expected} == expected
+    stored = client.get(f"/image/{image_id}").json["updated"]
+    modified = email.utils.parsedate_to_datetime(response.headers["Last-Modified"])
+    assert modified == datetime.fromisoformat(stored).replace(microsecond=0)
+    client.patch_json(f"/image/{image_id}", {"label": "new"})
+    assert client.get(f"/image/{image_id}/binary").headers["Last-Modified"] == response.headers["Last-Modified"]
+
+
+TAG, OTHER_TAG = '"{tag}"', '"' + "0" * 64 + '"'
+BEFORE, AT, AFTER = -86400, 0, 86400
+# condition headers (a number is a date that many seconds after Last-Modified): status
+CONDITIONS = [
+    ({"If-None-Match": TAG}, 304),
+    ({"If-None-Match": f"W/{TAG}"}, 304),
+    ({"If-None-Match": f'"a", W/"b",{TAG} , "c"'}, 304),
+    ({"If-None-Match": "*"}, 304),
+    ({"If-None-Match": OTHER_TAG}, 200),
+    ({"If-None-Match": "{tag}"}, 200),
+    ({"If-None-Match": ""}, 200),
+    ({"If-None-Match": '"a,{tag}"'}, 200),
+    ({"If-Match": TAG}, 200),
+    ({"If-Match": f'"a", {TAG}'}, 200),
+    ({"If-Match": "*"}, 200),
+    ({"If-Match": f"W/{TAG}"}, 412),
+    ({"If-Match": OTHER_TAG}, 412),
+    ({"If-Match": ""}, 412),
+    ({"If-Modified-Since": AT}, 304),
+    ({"If-Modified-Since": AFTER}, 304),
+    ({"If-Modified-Since": BEFORE}, 200),
+    ({"If-Modified-Since": "no date"}, 200),
+    ({"If-Unmodified-Since": AT}, 200),
+    ({"If-Unmodified-Since": AFTER}, 200),
+    ({"If-Unmodified-Since": BEFORE}, 412),
+    ({"If-Unmodified-Since": "no date"}, 200),
+    # RFC 9110, 13.2.2: the first of a pair makes the second count for nothing.
+    ({"If-Match": TAG, "If-Unmodified-Since": BEFORE}, 200),
+    ({"If-Match": OTHER_TAG, "If-Unmodified-Since": AFTER}, 412),
+    ({"If-None-Match": OTHER_TAG, "If-Modified-Since": AFTER}, 200),
+    ({"If-None-Match": TAG, "If-Modified-Since": BEFORE}, 304),
+    ({"If-Match": OTHER_TAG, "If-None-Match": TAG}, 412),
+    ({"If-Match": TAG, "If-None-Match": TAG}, 304),
+    ({"If-Unmodified-Since": BEFORE, "If-None-Match": TAG}, 412),
+    # Conditions come before ranges.
+    ({"If-None-Match": TAG, "Range": "bytes=0-1"}, 304),
+    ({"If-Match": OTHER_TAG, "Range": "bytes=0-1"}, 412),
+    ({"If-None-Match": TAG, "Range": "bytes=999999-"}, 304),
+    ({"If-Match": TAG, "Range": "bytes=0-1"}, 206),
+    ({"If-Range": TAG, "Range": "bytes=0-1"}, 206),
+    ({"If-Range": OTHER_TAG, "Range": "bytes=0-1"}, 200),
+    ({"If-Range": f"W/{TAG}", "Range": "bytes=0-1"}, 200),
+    ({"If-Range": AT, "Range": "bytes=0-1"}, 206),
+    ({"If-Range": BEFORE, "Range": "bytes=0-1"}, 200),
+    ({"If-Range": AFTER, "Range": "bytes=0-1"}, 200),
+    ({"If-Range": "no date", "Range": "bytes=0-1"}, 200),
+    ({"If-Range": OTHER_TAG, "Range": "bytes=999999-"}, 200),
+]
+
+
+@pytest.mark.parametrize("headers, status", CONDITIONS, ids=lambda value: str(value))
+@pytest.mark.parametrize("query", ["", "?format=bin"])
+def test_conditions(client, headers, status, query):
+    image_id = client.stored()
+    path = f"/image/{image_id}/binary{query}"
+    plain = client.get(path)
+    modified = email.utils.parsedate_to_datetime(plain.headers["Last-Modified"]).timestamp()
+    tag = plain.headers["ETag"].strip('"')
+    sent = {
+        name: email.utils.formatdate(modified + value, usegmt=True)
+        if isinstance(value, int)
+        else value.replace("{tag}", tag)
+        for name, value in headers.items()
+    }
+    response = client.get(path, sent, status=status)
+    if status in (200, 304):
+        assert response.headers["ETag"] == f'"{tag}"'
+        assert response.headers["Cache-Control"] == "private, no-cache"
+    assert response.body == {200: plain.body, 206: plain.body[:2], 304: b""}.get(status, response.body)
+    head = client.head(path, sent, status="*")
+    assert head.status_int == (200 if status == 206 else status)
+
+
+@pytest.mark.parametrize("form_of_date", ["%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"])
+def test_dates_in_their_obsolete_forms_are_understood(client, form_of_date):
+    image_id = client.stored()
+    path = f"/image/{image_id}/binary"
+    modified = email.utils.parsedate_to_datetime(client.get(path).headers["Last-Modified"])
+    client.get(path, {"If-Modified-Since": modified.strftime(form_of_date)}, status=304)
+
+
+SIZE = 1000
+# Range: (first, last) of the answer, None where it is ignored, 416
+RANGES = [
+    ("bytes=0-0", (0, 0)), ("bytes=0-499", (0, 499)), ("bytes=500-", (500, 999)),
+    ("bytes=-1", (999, 999)), ("bytes=-1000", (0, 999)), ("bytes=-5000", (0, 999)),
+    ("bytes=0-", (0, 999)), ("bytes=0-999", (0, 999)), ("bytes=0-5000", (0, 999)),
+    ("bytes=999-999", (999, 999)), ("Bytes=1-2", (1, 2)), ("bytes= 1-2 ", (1, 2)),
+    ("bytes=0-" + "9" * 5000, (0, 999)), ("bytes=-" + "9" * 5000, (0, 999)),
+    ("bytes=" + "0" * 5000 + "1-2", (1, 2)),
+    ("bytes=1000-", 416), ("bytes=1000-2000", 416), ("bytes=-0", 416), ("bytes=" + "9" * 5000 + "-", 416),
+    ("bytes=2-1", None), ("bytes=-", None), ("bytes=", None), ("bytes=a-b", None), ("bytes=1", None),
+    ("bytes=--1", None), ("bytes=1-2-3", None), ("bytes=0-1,2-3", None), ("bytes=0-1,", None),
+    ("lines=0-1", None), ("0-1", None), ("bytes 0-1", None), ("bytes=\u0661-2", None), ("", None),
+    ("bytes=1.0-2", None), ("bytes=+1-2", None), ("bytes=0x1-2", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("header, expected", RANGES, ids=[header[:24] for header, _ in RANGES])
+@pytest.mark.parametrize("query", ["", "?format=bin"])
+def test_ranges(client, header, expected, query):
+    content, data = firmware(SIZE) if query else (random.Random(2).randbytes(SIZE),) * 2
+    image_id = client.stored(content)
+    response = client.get(
+        f"/image/{image_id}/binary{query}", {"Range": header.encode().decode("latin-1")}, status="*"
+    )
+    if expected is None:
+        assert response.status_int == 200 and response.body == data
+        assert "Content-Range" not in response.headers
+    elif expected == 416:
+        error(response, 416, "The range lies outside the 1000 bytes")
+        assert response.headers["Content-Range"] == "bytes */1000"
+    else:
+        first, last = expected
+        assert response.status_int == 206 and response.body == data[first : last + 1]
+        assert response.headers["Content-Range"] == f"bytes {first}-{last}/1000"
+        assert response.headers["Content-Length"] == str(last + 1 - first)
+    head = client.head(f"/image/{image_id}/binary{query}", {"Range": "bytes=0-1"})
+    assert head.headers["Content-Length"] == "1000" and head.status_int == 200
+
+
+def test_range_of_an_empty_binary_is_not_satisfiable(client):
+    image_id = client.stored(b"")
+    for header in ("bytes=0-", "bytes=0-0", "bytes=-1"):
+        response = client.get(f"/image/{image_id}/binary", {"Range": header}, status=416)
+        assert response.headers["Content-Range"] == "bytes */0"
+
+
+@pytest.mark.parametrize("damage", ["missing", "too short", "too long"])
+@pytest.mark.parametrize("suffix", [".hex", ".bin"])
+def test_damaged_binary_is_500_naming_the_image_and_the_same_bytes_mend_it(client, app, damage, suffix):
+    content, data = firmware()
+    image_id, other = client.stored(content), client.stored()
+    path = app.binaries.folder / (image_id + suffix)
+    path.write_bytes(path.read_bytes()[:-1] if damage == "too short" else path.read_bytes() + b"x")
+    if damage == "missing":
+        path.unlink()
+    query = "?format=bin" if suffix == ".bin" else ""
+    for call in (client.get, client.head):
+        response = call(f"/image/{image_id}/binary{query}", status=500)
+    assert image_id in client.get(f"/image/{image_id}/binary{query}", status=500).json["message"]
+    assert client.get(f"/image/{other}/binary").body == content
+    error(client.put(f"/image/{image_id}/binary", b"x", status=409), 409, "Binary already exists")
+    client.upload(image_id, content)
+    assert client.get(f"/image/{image_id}/binary{query}").body == (data if query else content)
+
+
+# ------------------------------------------------------------------------------------- routes: raw bytes
+
+
+@pytest.fixture
+def sparse(client):
+    """An image with 8 bytes at 0x100, 4 at 0x110, and 4 at 0x10001000."""
+    lines = [record(0, 0x100, b"abcdefgh"), record(0, 0x110, b"ijkl")]
+    lines += [record(4, 0, b"\x10\0"), record(0, 0x1000, b"mnop"), record(5, 0, b"\0\0\1\x01"), END]
+    return client.stored("".join(lines).encode())
+
+
+def test_report_shows_what_is_inside(client, sparse):
+    assert client.get(f"/image/{sparse}").json["hex"] == {
+        "records": 6,
+        "bytes": 16,
+        "start_address": "0x00000101",
+        "segments": [
+            {"address": "0x00000100", "size": 8},
+            {"address": "0x00000110", "size": 4},
+            {"address": "0x10001000", "size": 4},
+        ],
+        "warnings": [],
+    }
+
+
+@pytest.mark.parametrize(
+    "query, body, address",
+    [
+        ("start=0x100&end=0x114", b"abcdefgh" + b"\xff" * 8 + b"ijkl", "0x00000100"),
+        ("end=276", b"abcdefgh" + b"\xff" * 8 + b"ijkl", "0x00000100"),
+        ("start=258&end=0X106", b"cdef", "0x00000102"),
+        ("start=0xFE&end=0x103&fill=0", b"\0\0abc", "0x000000FE"),
+        ("start=0x106&end=0x112&fill=0x2E", b"gh........ij", "0x00000106"),
+        ("start=0x10000FFE", b"\xff\xffmnop", "0x10000FFE"),
+        ("start=0x10001003&end=0x10001006", b"p\xff\xff", "0x10001003"),
+    ],
+)
+def test_window_of_raw_bytes(client, sparse, query, body, address):
+    response = client.get(f"/image/{sparse}/binary?format=bin&{query}")
+    assert response.body == body
+    assert response.headers["X-Load-Address"] == address
+    assert response.headers["Content-Disposition"] == f'attachment; filename="{sparse}.bin"'
+    assert "Repr-Digest" not in response.headers
+
+
+def test_raw_bytes_without_a_window_are_all_of_them(client):
+    content, data = firmware(70_000, base=0x0800_0000)
+    image_id = client.stored(content)
+    response = client.get(f"/image/{image_id}/binary?format=bin")
+    assert response.body == data and response.headers["X-Load-Address"] == "0x08000000"
+
+
+def test_each_window_and_fill_has_its_own_tag(client, sparse):
+    queries = ["&end=0x114", "&end=0x115", "&start=0xFF&end=0x114", "&end=0x114&fill=0"]
+    tags = {client.get(f"/image/{sparse}/binary?format=bin{query}").headers["ETag"] for query in queries}
+    assert len(tags | {client.get(f"/image/{sparse}/binary").headers["ETag"]}) == 5
+    same = client.get(f"/image/{sparse}/binary?format=bin&start=256&end=276&fill=255")
+    assert same.headers["ETag"] in tags
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["format=hex", "format=", "format=bin&start=x", "format=bin&start=-1", "format=bin&end=", "start=0",
+     "format=bin&fill=256", "format=bin&fill=0x", "format=bin&start=0x110&end=0x110", "end=5",
+     "format=bin&start=0x111&end=0x110", "format=bin&end=" + "9" * 5000, "format=bin&start=0x1_0",
+     "format=bin&format=bin", "format=bin&end=0x100000001", "format=bin&start=%D9%A1", "fill=0"],
+)  # fmt: skip
+def test_window_that_is_none_is_refused(client, sparse, query):
+    response = client.get(f"/image/{sparse}/binary?{query}", status=400)
+    error(response, 400, "Invalid query param supplied")
+
+
+@pytest.mark.parametrize("query", ["", "&start=0", "&start=0&end=0x100", "&start=0x108&end=0x110", "&end=0x90", "&start=0x20000000"])
+def test_window_too_large_or_with_no_data_is_422_and_names_the_segments(client, sparse, query):
+    response = client.get(f"/image/{sparse}/binary?format=bin{query}", status=422)
+    assert "0x00000100 to 0x00000108, 0x00000110 to 0x00000114, 0x10001000 to" in response.json["message"]
+
+
+@pytest.mark.parametrize("content", [b"\x7fELF", b"", END.encode()])
+def test_raw_bytes_of_what_has_none_are_422(client, content):
+    image_id = client.stored(content)
+    assert client.get(f"/image/{image_id}/binary?format=bin", status=422).json["status"] == 422
+
+
+# ------------------------------------------------------------------------------------- routes: links
+
+
+def link_path(client, image_id, **members):
+    made = client.post_json if members else client.post
+    url = made(f"/image/{image_id}/binary/link", *([members] if members else [])).json["url"]
+    return urllib.parse.urlsplit(url)._replace(scheme="", netloc="").geturl()
+
+
+def test_link_downloads_with_no_header_at_all(client):
+    content, data = firmware()
+    image_id = client.stored(content)
+    path = link_path(client, image_id)
+    assert len(path) < 160
+    client.authorization = None
+    response = client.get(path)
+    assert response.body == content
+    cache = re.fullmatch(r"public, max-age=(\d+), immutable", response.headers["Cache-Control"])
+    assert 3590 <= int(cache[1]) <= 3600
+    assert client.head(path).headers["Content-Length"] == str(len(content))
+    assert client.get(path, {"Range": "bytes=1-2"}, status=206).body == content[1:3]
+    tag = response.headers["ETag"]
+    assert client.get(path, {"If-None-Match": tag}, status=304).headers["Cache-Control"][:6] == "public"
+    assert client.get(path + "&format=bin").body == data
+    assert client.get(path + "&format=bin&start=4&end=9").body == data[4:9]
+
+
+def test_link_is_for_its_bytes_only(client):
+    image_id, other = client.stored(b"first"), client.stored(b"second")
+    path = link_path(client, image_id)
+    reader = client_of(client.app.application)
+    reader.authorization = None
+    reader.get(path.replace(image_id, other), status=401)
+    for method in ("DELETE", "PUT", "POST"):
+        reader.request(path, method=method, status=401)
+    client.delete(f"/image/{image_id}/binary")
+    error(reader.get(path, status=404), 404, "Image does not have an binary file")
+    client.upload(image_id, b"others")
+    reader.get(path, status=404)
+    client.delete(f"/image/{image_id}/binary")
+    client.upload(image_id, b"first")
+    assert reader.get(path).body == b"first"
+    client.delete(f"/image/{image_id}")
+    error(reader.get(path, status=404), 404, f"No such image: {image_id}")
+
+
+def test_link_that_was_altered_is_401(client):
+    image_id = client.stored()
+    path = link_path(client, image_id)
+    client.authorization = None
+    query = dict(urllib.parse.parse_qsl(path.partition("?")[2]))
+    altered = [
+        {**query, "expires": str(int(query["expires"]) + 1)},
+        {**query, "expires": query["expires"] + " "},
+        {**query, "sha256": "A" + query["sha256"][1:]},
+        {**query, "signature": query["signature"][:-1]},
+        {**query, "signature": ""},
+        {**query, "signature": "ä"},
+        {"signature": query["signature"]},
+    ]
+    for changed in altered:
+        response = client.get(f"/image/{image_id}/binary?{urllib.parse.urlencode(changed)}", status=401)
+        error(response, 401, "Invalid link: its signature does not match")
+    for place in range(len(query["signature"])):
+        text = query["signature"]
+        text = text[:place] + ("A" if text[place] != "A" else "B") + text[place + 1 :]
+        client.get(path.replace(query["signature"], text), status=401)
+    client.get(path + "&signature=" + query["signature"], status=400)
+    client.get(path)
+
+
+def test_link_expires_and_does_not_outlive_its_token(client, app, monkeypatch):
+    image_id = client.stored()
+    short = link_path(client, image_id, expires_in=60)
+    client.authorization = ("Bearer", app.tokens.issue("admin", (), 90))
+    made = client.post_json(f"/image/{image_id}/binary/link", {"expires_in": 2592000}).json
+    now = datetime.now(timezone.utc)
+    assert 80 < (datetime.fromisoformat(made["expires"]) - now).total_seconds() <= 90
+    client.authorization = None
+    later = time.time() + 61
+    monkeypatch.setattr(time, "time", lambda: later)
+    error(client.get(short, status=401), 401, "This link has expired")
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 2592001, 1.5, "60", None, True, [], 10**30])
+def test_link_for_no_sensible_time_is_refused(client, seconds):
+    image_id = client.stored()
+    response = client.post_json(f"/image/{image_id}/binary/link", {"expires_in": seconds}, status=400)
+    message = "expires_in takes a whole number of seconds from 1 to 2592000"
+    error(response, 400, message)
+
+
+def test_link_needs_a_binary_and_takes_json_or_nothing(client):
+    path = f"/image/{client.create()}/binary/link"
+    error(client.post(path, status=404), 404, "Image does not have an binary file")
+    path = f"/image/{client.stored()}/binary/link"
+    client.post(path, b"x", status=400)
+    assert client.post_json(path, {}).json.keys() == {"url", "expires"}
+
+
+@pytest.mark.parametrize(
+    "public, prefix, host, begin",
+    [
+        ("", "", "fw.lan:8080", "http://fw.lan:8080/image/"),
+        ("", "/fw-image", "[::1]:80", "http://[::1]:80/fw-image/image/"),
+        ("https://fw.example.com", "/fw-image", "x", "https://fw.example.com/fw-image/image/"),
+        ("https://example.com/store/", "", "x", "https://example.com/store/image/"),
+    ],
+)
+def test_link_is_absolute(settings, public, prefix, host, begin):
+    named = Settings(data=settings.data, public_url=public, url_prefix=prefix)
+    with contextlib.closing(create_app(named)) as application:
+        client = client_of(application)
+        image_id = client.stored()
+        url = client.post(f"/image/{image_id}/binary/link", headers={"Host": host}).json["url"]
+        assert url.startswith(begin + image_id + "/binary?expires=")
+
+
+@pytest.mark.parametrize("host", ["a b", 'a"b', "a/b", "a@b", "a:b", "<x>"])
+def test_link_takes_no_host_that_is_none(client, host):
+    image_id = client.stored()
+    response = client.post(f"/image/{image_id}/binary/link", headers={"Host": host}, status=400)
+    error(response, 400, "The Host header names no host")
+
+
+# ------------------------------------------------------------------------------------- routes: OpenAPI
+
+
+def test_openapi_describes_every_route_and_nothing_else(client):
+    client.authorization = None
+    description = client.get("/openapi.json").json
+    assert description["openapi"].startswith("3.1")
+    described = {
+        (method.upper(), path)
+        for path, operations in description["paths"].items()
+        for method in operations
+    }
+    assert described == {(route.method, re.sub("<(.*?)>", r"{\1}", route.path)) for route in ROUTES}
+    for operations in description["paths"].values():
+        for operation in operations.values():
+            assert operation["summary"] and operation["responses"]
+            assert all(answer["description"] for answer in operation["responses"].values())
+    text = json.dumps(description)
+    for name in re.findall('"#/components/schemas/(.*?)"', text):
+        assert name in description["components"]["schemas"]
