@@ -908,9 +908,9 @@ class Catalogue:
     with that id. Anything may raise Damaged, Unavailable or StorageFull.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open the catalogue, making or migrating it where needed; raises CannotStart."""
-        self._path, self._closed = path, False
+    def __init__(self, path: Path, make: bool = True) -> None:
+        """Open the catalogue, made or migrated where needed if `make`; raises CannotStart."""
+        self._path, self._closed, self._make = path, False, make
         self._idle: list[sqlite3.Connection] = []  # lent to whatever thread asks
         # Threads queue here. SQLite's own waiting, for other processes, sleeps for up to 100 ms.
         self._writing = threading.Lock()
@@ -930,9 +930,12 @@ class Catalogue:
             raise CannotStart("a newer version of this program made it, which is needed to use it")
         if tables and not version:
             raise CannotStart("it is the database of another program")
-        for statement in "; ".join(MIGRATIONS[version:]).split(";"):
-            connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        if version < len(MIGRATIONS) and not self._make:
+            raise CannotStart("an older version of this program made it: start the service once")
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            for statement in script.split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {number}")
 
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -2457,12 +2460,9 @@ def sweep(application: Application) -> None:
     if present and not catalogue.ever_used():
         remedy = "restore image_manager.db from a backup, or move the binaries away"
         raise CannotStart(f"{binaries.folder} holds binaries no catalogue knows of: {remedy}")
-    for name in present - file_names(catalogue.confirmed()):
-        log.info("removing %s, which was left over", name)
-        image_id = name.partition(".")[0]
-        path = binaries.folder / name
-        catalogue.unless_confirmed(image_id, functools.partial(path.unlink, missing_ok=True))
-    for path in binaries.uploads.iterdir():
+    left = [binaries.folder / name for name in present - file_names(catalogue.confirmed())]
+    for path in itertools.chain(left, binaries.uploads.iterdir()):
+        log.info("removing %s, which was left over", path)
         path.unlink()
 
 
@@ -2544,6 +2544,7 @@ def supervise(settings: Settings, listener: socket.socket) -> None:
     def stop(*_: object) -> None:
         nonlocal stopping
         stopping = True
+        listener.close()  # else connections would be taken that nobody serves
         for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -2620,7 +2621,7 @@ def open_store(settings: Settings) -> tuple[Catalogue, BinaryStore]:
     path = settings.data / "image_manager.db"
     if not path.is_file():
         raise CannotStart(f"There is no store in {settings.data}: name its folder with --data")
-    return Catalogue(path), BinaryStore(settings.data)
+    return Catalogue(path, make=False), BinaryStore(settings.data)
 
 
 def digest_of(file: io.FileIO) -> str:
@@ -2776,10 +2777,14 @@ class CommandLine(argparse.ArgumentParser):
 
         shown = f"{meaning} (default: {default})" if default not in (None, "") else meaning
         if parse is parse_switch:
-            self.add_argument(flag, action="store_true", default=None, help=meaning)
+            self.add_argument(
+                flag, action="store_true", default=argparse.SUPPRESS, help=meaning
+            )
         else:
             metavar = flag.rpartition("-")[2].upper()
-            self.add_argument(flag, type=converted, metavar=metavar, help=shown)
+            self.add_argument(
+                flag, type=converted, metavar=metavar, default=argparse.SUPPRESS, help=shown
+            )
 
 
 def command_line() -> CommandLine:
@@ -2837,7 +2842,7 @@ def main(arguments: list[str] | None = None) -> int:
         words = ["serve", *words]
     warnings.filterwarnings("ignore", "The HMAC key")  # serve() says it in its own words
     try:
-        given = {n: v for n, v in vars(command_line().parse_args(words)).items() if v is not None}
+        given = vars(command_line().parse_args(words))
         handler, _ = given.pop("handler"), given.pop("command")
         names = {field.name for field in dataclasses.fields(Settings)}
         values = {"data": DEFAULT_DATA, "port": 8000, **environment()}

@@ -1914,3 +1914,1364 @@ def test_openapi_describes_every_route_and_nothing_else(client):
     text = json.dumps(description)
     for name in re.findall('"#/components/schemas/(.*?)"', text):
         assert name in description["components"]["schemas"]
+
+
+# ------------------------------------------------------------------------------------- server: HTTP
+
+
+def test_connection_stays_open_after_every_answer(server, connection):
+    """204, 206, 304, 404, 412 and 416 too: devices that poll do so on one connection."""
+    content, _ = firmware(100_000)
+    image_id = connection.stored(content)
+    local = connection.sock.getsockname()
+    path, tag = f"/image/{image_id}/binary", f'"{sha256(content)}"'
+    asked = [
+        (path, {}, 200),
+        (path, {"Range": "bytes=5-9"}, 206),
+        (path, {"Range": "bytes=5-90000"}, 206),
+        (path, {"If_None_Match": tag}, 304),
+        (path, {"If_Match": '"x"'}, 412),
+        (path, {"Range": "bytes=9999999-"}, 416),
+        ("/image/latest?label=sensor&current=1.0.0", {}, 204),
+        ("/image/none", {}, 404),
+        ("/none", {}, 404),
+        ("/image?x", {}, 400),
+        ("/health", {"Authorization": "Bearer x"}, 200),
+        ("/image", {"Authorization": "Bearer x"}, 401),
+    ]
+    for path, headers, status in asked:
+        answered, sent, body = connection.ask("GET", path, **headers)
+        assert answered == status and "Transfer-Encoding" not in sent
+        assert ("Content-Length" in sent) == (status not in (204, 304))
+        assert connection.ask("HEAD", path, **headers)[0] in (status, 200)
+    assert connection.ask("PUT", "/none", b"x")[0] == 404 or connection.sock is None
+
+
+def test_http_1_0_is_spoken(server, connection):
+    image_id = connection.stored(b"0123456789")
+    path = urllib.parse.urlsplit(connection.link(image_id))
+    target = f"{path.path}?{path.query}"
+    answer = exchange(server, f"GET {target} HTTP/1.0\r\n\r\n".encode())
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 200 OK") and body == b"0123456789"
+    assert b"\r\nContent-Length: 10\r\n" in head and b"\r\nConnection: close" in head
+    kept = f"GET {target} HTTP/1.0\r\nConnection: keep-alive\r\nIf-None-Match: *\r\n\r\n".encode()
+    with dial(server) as sock:
+        for _ in range(2):
+            sock.sendall(kept)
+            status_line, headers, _ = read_answer(sock)
+            assert status_line == "HTTP/1.0 304 Not Modified" and headers["Connection"] == "Keep-Alive"
+
+
+def test_pipelined_requests_are_answered_in_order_also_after_uploads(server, connection):
+    image_id = connection.create()
+    token = connection.headers["Authorization"]
+    content = firmware(3000)[0]
+    requests = [
+        f"PUT /image/{image_id}/binary HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n".encode() + content,
+        *(
+            f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\n\r\n".encode()
+            for path in (f"/image/{image_id}/binary", "/none", "/health") * 30
+        ),
+    ]
+    with dial(server) as sock:
+        sock.sendall(b"".join(requests))
+        answers = [read_answer(sock) for _ in requests]
+    statuses = [int(line.split()[1]) for line, _, _ in answers]
+    assert statuses == [200] + [200, 404, 200] * 30
+    assert answers[1][2] == content and answers[-1][2] == b'{"status": "ok"}'
+
+
+def test_chunked_upload_is_fine_and_chunks_may_be_small(server, connection):
+    content = firmware(3000)[0]
+    image_id = connection.create()
+    chunks = (content[at : at + 100] for at in range(0, len(content), 100))
+    connection.request(
+        "PUT", f"/image/{image_id}/binary", chunks, connection.headers, encode_chunked=True
+    )
+    assert connection.getresponse().read()
+    assert connection.ask("GET", f"/image/{image_id}/binary")[2] == content
+
+
+def chunked(server, head, *chunks, token=None):
+    lines = [f"{head} HTTP/1.1", "Host: x", f"Authorization: Bearer {token or server.token()}"]
+    body = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)
+    return "\r\n".join([*lines, "Transfer-Encoding: chunked", "", ""]).encode() + body
+
+
+def told(answer):
+    """Return (status, body) of a raw answer, which must be JSON and the only one."""
+    assert answer.count(b"HTTP/1.1 ") + answer.count(b"HTTP/1.0 ") == 1, answer[:500]
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"Content-Type: application/json" in head and b"Connection: close" in head
+    status = int(head.split()[1])
+    assert json.loads(body)["status"] == status
+    return status, json.loads(body)["message"]
+
+
+MALFORMED = {
+    "no request": (b"hello\r\n\r\n", 400),
+    "lower-case method": (b"get / HTTP/1.1\r\n\r\n", 400),
+    "bad header": (b"GET / HTTP/1.1\r\nx y: z\r\n\r\n", 400),
+    "bare CR": (b"GET / HTTP/1.1\r\na: b\rc\r\n\r\n", 400),
+    "Content-Length x": (b"PUT / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+    "Content-Length -1": (b"PUT / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
+    "two Content-Lengths": (b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+    "both": (b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "chunked in 1.0": (b"PUT / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "unknown coding": (b"PUT / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
+    "header too large": (b"GET / HTTP/1.1\r\na: " + b"b" * 200_000 + b"\r\n\r\n", 431),
+    "header without end": (b"GET / HTTP/1.1\r\na: " + b"b" * 200_000, 431),
+}
+
+
+@pytest.mark.parametrize("request_, status", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_request_is_told_so_in_json_and_nothing_behind_it_is_done(server, request_, status):
+    smuggled = f"POST /image HTTP/1.1\r\nAuthorization: Bearer {server.token()}\r\nContent-Type: application/json\r\n"
+    smuggled += 'Content-Length: 32\r\n\r\n{"label":"x","fw_version":"0.0"}'
+    assert told(exchange(server, request_ + smuggled.encode()))[0] == status
+    with contextlib.closing(Connection(server)) as connection:
+        assert connection.ask("GET", "/image")[2] == b"[]"
+
+
+def test_malformed_head_request_gets_no_body(server):
+    answer = exchange(server, b"HEAD / HTTP/1.1\r\nContent-Length: x\r\n\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and b"Content-Length: " in head and body == b""
+
+
+def test_bad_chunks_are_refused(server, connection):
+    image_id = connection.create()
+    head = f"PUT /image/{image_id}/binary"
+    for rest in (b"x\r\n", b"5\r\nabc\r\n0\r\n\r\n", b"5;" + b"a" * 20_000, b"0\r\n" + b"a: b\r\n" * 5000):
+        assert told(exchange(server, chunked(server, head) + rest))[0] == 400
+    assert folder_is_clean(server.application)
+
+
+def test_two_authorization_headers_are_401(server):
+    header = f"Authorization: Bearer {server.token()}\r\n"
+    answer = exchange(server, f"GET /image HTTP/1.1\r\n{header * 2}Connection: close\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.1 401 ")
+
+
+# ------------------------------------------------------------------------------------- server: refusal on the header
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A server that takes files of 1 MB."""
+    with running(Settings(data=tmp_path / "small", max_upload=1_000_000)) as server:
+        yield server
+
+
+def put(server, length, image_id="x", rights=(), method="PUT", expect=True, token=None):
+    """Return the header of an upload whose body never comes."""
+    lines = [f"{method} /image/{image_id}/binary HTTP/1.1", "Host: x", f"Content-Length: {length}"]
+    token = server.token(scope=rights) if token is None else token
+    lines += [f"Authorization: Bearer {token}"] if token else []
+    lines += ["Expect: 100-continue"] if expect else []
+    lines += ["Content-Type: multipart/form-data; boundary=x"] if method == "POST" else []
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+@pytest.mark.parametrize("expect", [True, False], ids=["expecting", "sending"])
+@pytest.mark.parametrize("method", ["PUT", "POST"])
+@pytest.mark.parametrize(
+    "values, status",
+    [
+        ({"token": ""}, 401),
+        ({"token": "e30.e30.e30"}, 401),
+        ({"rights": ("read", "delete")}, 403),
+        ({"length": 1_100_000}, 413),
+        ({"length": 10**30}, 413),
+    ],
+)
+def test_upload_that_may_not_be_made_is_answered_on_its_header(small, values, status, method, expect):
+    values = {"length": 900_000, "method": method, "expect": expect, **values}
+    began = time.monotonic()
+    with dial(small) as sock:
+        sock.sendall(put(small, **values))
+        if not expect:
+            sock.sendall(b"x" * 300_000)
+        status_line, headers, body = read_answer(sock)
+        assert status_line.startswith(f"HTTP/1.1 {status} ") and json.loads(body)["status"] == status
+        assert headers["Connection"] == "close" and sock.recv(10) == b""
+    assert time.monotonic() - began < 5 and folder_is_clean(small.application)
+
+
+def test_refused_sender_that_does_not_listen_gets_to_the_answer(small):
+    """A plain client sends all it has before it reads."""
+    with contextlib.closing(Connection(small, service=None)) as connection:
+        assert connection.ask("PUT", "/image/x/binary", b"x" * 20 * MIB)[0] == 401
+
+
+def test_nothing_of_a_refused_body_is_taken_for_a_request(small):
+    inner = f"POST /image HTTP/1.1\r\nAuthorization: Bearer {small.token()}\r\nContent-Type: application/json\r\n"
+    inner += 'Content-Length: 32\r\n\r\n{"label":"x","fw_version":"0.0"}'
+    answer = exchange(small, put(small, 5000, token="", expect=False), inner.encode() * 10)
+    assert told(answer)[0] == 401
+    with contextlib.closing(Connection(small)) as connection:
+        assert connection.ask("GET", "/image")[2] == b"[]"
+
+
+@pytest.mark.parametrize("head, length, status", [("POST /none", 10**9, 404), ("PUT /image", 10**9, 405), ("GET /image", 70_000, 413), ("POST /image", 70_000, 413)])
+def test_large_body_is_refused_on_the_header_wherever_it_goes(small, head, length, status):
+    lines = [f"{head} HTTP/1.1", f"Content-Length: {length}", f"Authorization: Bearer {small.token()}"]
+    assert told(exchange(small, "\r\n".join([*lines, "", ""]).encode()))[0] == status
+
+
+@pytest.mark.parametrize("method, limit", [("PUT", 1_000_000), ("POST", 1_000_000 + 64 * KIB)])
+def test_chunked_body_is_counted_while_it_arrives(small, method, limit):
+    with dial(small) as sock:
+        sock.sendall(chunked(small, f"{method} /image/x/binary"))
+        chunk = b"%x\r\n" % 50_000 + b"x" * 50_000 + b"\r\n"
+        sent = 0
+        with contextlib.suppress(OSError):
+            while sent < 5_000_000 and not select_readable(sock):
+                sock.sendall(chunk)
+                sent += 50_000
+                time.sleep(0.005)
+        assert limit <= sent < 2_000_000
+        assert read_answer(sock)[0].startswith("HTTP/1.1 413 ")
+
+
+def select_readable(sock):
+    import select
+
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+def test_upload_that_may_be_made_is_told_to_continue(small):
+    with contextlib.closing(Connection(small)) as connection:
+        image_id = connection.create()
+    with dial(small) as sock:
+        sock.sendall(put(small, 5, image_id))
+        assert read_answer(sock)[0] == "HTTP/1.1 100 Continue"
+        sock.sendall(b"12345")
+        assert read_answer(sock)[0] == "HTTP/1.1 200 OK"
+        sock.sendall(put(small, 0, image_id))  # nothing to wait for
+        assert read_answer(sock)[0] == "HTTP/1.1 409 Conflict"
+
+
+def free_space(monkeypatch, free):
+    """Have the disk say that so many bytes are free."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 0, free))
+
+
+def test_full_disk_refuses_uploads_and_creations_at_once_but_not_deletions(server, connection, monkeypatch):
+    kept, gone = connection.stored(b"kept"), connection.stored(b"gone")
+    empty = connection.create()
+    with monkeypatch.context() as full:
+        free_space(full, image_manager.RESERVE + 1000)
+        with dial(server) as sock:
+            sock.sendall(put(server, 1001, empty))
+            assert read_answer(sock)[0] == "HTTP/1.1 507 Insufficient Storage"
+        free_space(full, image_manager.RESERVE - 1)
+        body = b'{"label": "a", "fw_version": "1"}'
+        status, _, said = connection.ask("POST", "/image", body, Content_Type="application/json")
+        assert status == 507 and json.loads(said)["status"] == 507
+        assert connection.ask("GET", f"/image/{kept}/binary")[2] == b"kept"
+        assert connection.ask("DELETE", f"/image/{gone}")[0] == 200
+        assert connection.ask("GET", "/health")[0] == 503
+    assert folder_is_clean(server.application, kept)
+    assert connection.ask("PUT", f"/image/{empty}/binary", b"x" * 1001)[0] == 200
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk_while_a_body_is_spooled_is_507(server, connection, monkeypatch, number):
+    import tempfile
+
+    image_id = connection.create()
+    opened = tempfile.TemporaryFile
+
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(number, "full")
+
+    with monkeypatch.context() as full:
+        full.setattr(tempfile, "TemporaryFile", lambda *a, **k: Full() if "w+b" in a else opened(*a, **k))
+        status, _, body = connection.ask("PUT", f"/image/{image_id}/binary", b"x" * 200_000)
+        assert status == 507 and json.loads(body)["status"] == 507
+    connection.close()
+    assert folder_is_clean(server.application)
+    assert connection.ask("PUT", f"/image/{image_id}/binary", b"x" * 200_000)[0] == 200
+
+
+# ------------------------------------------------------------------------------------- server: connections
+
+
+def test_many_idle_and_half_sent_connections_do_not_stop_the_others(server, connection):
+    image_id = connection.stored(b"content")
+    idle = [dial(server) for _ in range(300)]
+    for number, sock in enumerate(idle):
+        sock.sendall(b"GET /image HTTP/1.1\r\nHost:"[: number % 28])
+    for _ in range(20):
+        assert connection.ask("GET", f"/image/{image_id}/binary")[2] == b"content"
+    for sock in idle:
+        sock.close()
+
+
+def test_slow_readers_hold_no_thread_and_no_memory(server, connection):
+    content = random.Random(3).randbytes(8 * MIB)
+    image_id = connection.stored(content)
+    path = f"/image/{image_id}/binary"
+    head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.token()}\r\n\r\n".encode()
+    before = memory()
+    slow = [dial(server) for _ in range(40)]
+    for sock in slow:
+        sock.sendall(head * 3)  # a thread must not wait to begin on the second either
+    for _ in range(20):
+        assert connection.ask("GET", path, Range="bytes=5-9")[2] == content[5:10]
+    assert memory() - before < 64 * MIB
+    for sock in slow[2:]:
+        sock.close()
+    for _ in range(3):
+        assert read_answer(slow[0])[2] == content  # and each gets what it asked for
+    for sock in slow[:2]:
+        sock.close()
+
+
+def memory(pid="self"):
+    """Return the bytes that a process has in memory, its shared ones not counted."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status.read_text())[1]) * KIB
+
+
+def test_waitress_asks_a_connection_whether_it_wants_to_write(server, connection, monkeypatch):
+    """What the cure for fleets on keep-alive connections hangs on."""
+    asked = []
+    writable = image_manager.Channel.writable
+    monkeypatch.setattr(
+        image_manager.Channel, "writable", lambda self: asked.append(bool(self.requests)) or writable(self)
+    )
+    image_id = connection.stored(b"content")
+    for _ in range(5):
+        connection.ask("GET", f"/image/{image_id}")
+    assert True in asked
+    channel = image_manager.Channel.__new__(image_manager.Channel)
+    channel.requests, channel.total_outbufs_len = [object()], 100
+    channel.adj = type("adj", (), {"outbuf_high_watermark": 1000})
+    assert not writable(channel)  # its thread sends for itself
+    channel.requests = []
+    assert writable(channel)
+
+
+def test_idle_connection_is_closed_in_time(server):
+    with dial(server) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        read_answer(sock)
+        deadline = time.monotonic() + 5
+        while not (channels := [c for c in all_channels() if c.addr == sock.getsockname()]):
+            assert time.monotonic() < deadline
+        channels[0].last_activity -= 10_000
+        channels[0].server.next_channel_cleanup = 0
+        assert sock.recv(1) == b""
+
+
+def all_channels():
+    import gc
+
+    return [item for item in gc.get_objects() if type(item) is image_manager.Channel]
+
+
+def test_connections_above_the_limit_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_manager, "connection_limit", lambda: 5)
+    with running(Settings(data=tmp_path)) as server:
+        held = [dial(server) for _ in range(5)]
+        with dial(server) as late:
+            late.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            late.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                late.recv(1)
+            for sock in held:
+                sock.close()
+            late.settimeout(5)
+            assert read_answer(late)[0] == "HTTP/1.1 200 OK"
+
+
+# ------------------------------------------------------------------------------------- server: devices
+
+
+@pytest.fixture
+def fleet(server, connection):
+    """(server, an image's link, its path, its bytes, a token), while others come and go."""
+    content = random.Random(4).randbytes(300_001)
+    image_id = connection.stored(content)
+    link = urllib.parse.urlsplit(connection.link(image_id))
+    stop = threading.Event()
+
+    def churn():
+        with contextlib.closing(Connection(server)) as other:
+            while not stop.is_set():
+                gone = other.stored(firmware(2000)[0])
+                other.ask("GET", f"/image/{gone}/binary")
+                other.ask("DELETE", f"/image/{gone}")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    yield server, f"{link.path}?{link.query}", f"/image/{image_id}/binary", content, server.token()
+    stop.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("size", [255, 1024, 4096])
+def test_zephyr_downloader_in_fragments_on_one_connection(fleet, size):
+    """nRF Connect SDK: Host, Range and Connection are all it sends; it has 1 KiB for a header."""
+    server, link, _, content, _ = fleet
+    content = content[: size * 200] if size == 255 else content
+    received, total = b"", None
+    with dial(server) as sock:
+        while len(received) < len(content):
+            last = len(received) + size - 1
+            head = f"GET {link} HTTP/1.1\r\nHost: x\r\nRange: bytes={len(received)}-{last}\r\n"
+            sock.sendall(f"{head}Connection: keep-alive\r\n\r\n".encode())
+            status_line, headers, body = read_answer(sock)
+            assert status_line == "HTTP/1.1 206 Partial Content"
+            assert len(str(headers)) + len(status_line) < 1024
+            total = int(headers["Content-Range"].rpartition("/")[2])
+            received += body
+    assert total == 300_001 and sha256(received[: len(content)]) == sha256(content)
+
+
+def test_zephyr_downloader_gets_206_even_for_the_whole_file(fleet):
+    server, link, _, content, _ = fleet
+    with dial(server) as sock:
+        sock.sendall(f"GET {link} HTTP/1.1\r\nHost: x\r\nRange: bytes=0-999999\r\n\r\n".encode())
+        status_line, headers, body = read_answer(sock)
+    assert status_line.startswith("HTTP/1.1 206") and body == content
+    assert headers["Content-Range"] == "bytes 0-300000/300001"
+
+
+def test_esp_https_ota_in_parts(fleet):
+    server, link, _, content, _ = fleet
+    with dial(server) as sock:
+        sock.sendall(f"HEAD {link} HTTP/1.1\r\nHost: x\r\nUser-Agent: ESP32\r\n\r\n".encode())
+        status_line, headers, _ = read_answer(sock, "HEAD")
+        assert status_line == "HTTP/1.1 200 OK"
+        total = int(headers["Content-Length"])
+    received = b""
+    while len(received) < total:
+        end = "" if total - len(received) <= 65536 else len(received) + 65535
+        with dial(server) as sock:
+            sock.sendall(f"GET {link} HTTP/1.1\r\nHost: x\r\nRange: bytes={len(received)}-{end}\r\n\r\n".encode())
+            status_line, _, body = read_answer(sock)
+            assert status_line.startswith("HTTP/1.1 206")
+            received += body
+    assert sha256(received) == sha256(content)
+
+
+def test_rauc_streams_with_bounded_ranges_and_polls(fleet):
+    server, _, path, content, token = fleet
+    head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+    with dial(server) as sock:
+        sock.sendall(f"{head}Range: bytes=0-3\r\n\r\n".encode())
+        status_line, headers, body = read_answer(sock)
+        assert status_line.startswith("HTTP/1.1 206") and body == content[:4]
+        assert headers["Content-Range"] == "bytes 0-3/300001"
+        received = bytearray(len(content))
+        places = list(range(0, len(content), 8192))
+        random.Random(5).shuffle(places)
+        for place in places:
+            sock.sendall(f"{head}Range: bytes={place}-{place + 8191}\r\n\r\n".encode())
+            received[place : place + 8192] = read_answer(sock)[2]
+        assert sha256(received) == sha256(content)
+        for _ in range(3):
+            sock.sendall(f"{head}If-None-Match: {headers['ETag']}\r\n\r\n".encode())
+            assert read_answer(sock)[0] == "HTTP/1.1 304 Not Modified"
+
+
+def test_mender_goes_on_where_it_broke_off(fleet):
+    server, _, path, content, token = fleet
+    head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+    received = b""
+    with dial(server) as sock:
+        sock.sendall(f"{head}\r\n".encode())
+        file = sock.makefile("rb")
+        while (line := file.readline()) != b"\r\n":
+            assert line
+        received = file.read(123_457)
+    while len(received) < len(content):
+        with dial(server) as sock:
+            sock.sendall(f"{head}Range: bytes={len(received)}-\r\n\r\n".encode())
+            _, headers, body = read_answer(sock)
+            assert headers["Content-Range"] == f"bytes {len(received)}-300000/300001"
+            received += body[:100_000]
+    assert sha256(received) == sha256(content)
+
+
+def test_arduino_and_u_boot_speak_http_1_0(fleet):
+    server, link, _, content, _ = fleet
+    for extra in ("User-Agent: ESP8266-http-Update\r\nx-ESP8266-mode: sketch\r\n", "User-Agent: U-Boot\r\n"):
+        head, _, body = exchange(server, f"GET {link} HTTP/1.0\r\n{extra}\r\n".encode()).partition(b"\r\n\r\n")
+        assert b"\r\nContent-Length: 300001\r\n" in head and head.startswith(b"HTTP/1.0 200 OK")
+        assert sha256(body) == sha256(content)
+
+
+def run(*command, **others):
+    return subprocess.run([str(word) for word in command], capture_output=True, timeout=60, **others)
+
+
+@pytest.mark.parametrize("tool", ["curl", "wget", "urllib"])
+def test_tools_download_and_resume(fleet, tmp_path, tool):
+    server, link, path, content, token = fleet
+    if tool != "urllib" and not shutil.which(tool):
+        pytest.skip(f"needs {tool}")
+    origin = "http://%s:%s" % urllib.parse.urlsplit(server.url).netloc.partition(":")[::2]
+    target, bearer = tmp_path / "fw.hex", f"Authorization: Bearer {token}"
+    if tool == "urllib":
+        assert urllib.request.urlopen(origin + link).read() == content
+        return
+    target.write_bytes(content[:100_003])
+    if tool == "wget":
+        run("wget", "-q", "-c", "-O", target, origin + link, check=True)
+    else:
+        ranged = run("curl", "-sS", "-r", "10-19", "-H", bearer, origin + path, check=True)
+        assert ranged.stdout == content[10:20]
+        run("curl", "-sS", "-f", "-C", "-", "-o", target, "-H", bearer, origin + path, check=True)
+    assert target.read_bytes() == content
+
+
+def test_download_that_has_begun_ends_well_though_its_image_is_deleted(server, connection):
+    content = random.Random(6).randbytes(8 * MIB)
+    image_id = connection.stored(content)
+    with contextlib.closing(Connection(server)) as reader:
+        reader.connect()
+        reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        reader.request("GET", f"/image/{image_id}/binary", headers=reader.headers)
+        response = reader.getresponse()
+        received = response.read(1000)
+        assert connection.ask("DELETE", f"/image/{image_id}/binary")[0] == 200
+        assert connection.ask("PUT", f"/image/{image_id}/binary", b"other")[0] == 200
+        assert connection.ask("DELETE", f"/image/{image_id}")[0] == 200
+        received += response.read()
+    assert sha256(received) == sha256(content)
+
+
+def test_raw_bytes_come_in_ranges_over_a_wide_gap(server, connection):
+    lines = [record(4, 0, b"\0\0"), record(0, 0, b"begin"), record(4, 0, b"\x0c\0"), record(0, 0, b"end")]
+    image_id = connection.stored("".join([*lines, END]).encode())
+    path = f"/image/{image_id}/binary?format=bin"
+    total = 0x0C000003
+    status, headers, _ = connection.ask("HEAD", path)
+    assert headers["Content-Length"] == str(total)
+    before = memory()
+    for first, expected in ((0, b"begin\xff"), (100 * MIB, b"\xff" * 6), (total - 6, b"\xff\xff\xffend")):
+        assert connection.ask("GET", path, Range=f"bytes={first}-{first + 5}")[2] == expected
+    connection.request("GET", path, headers=connection.headers)
+    response, size = connection.getresponse(), 0
+    while block := response.read(MIB):
+        size += len(block)
+    assert size == total and memory() - before < 32 * MIB
+
+
+# ------------------------------------------------------------------------------------- races
+
+
+def race(server, *actions):
+    """Do things at the same time, each on a connection of its own; return what they return."""
+    barrier = threading.Barrier(len(actions))
+
+    def act(action):
+        with contextlib.closing(Connection(server)) as connection:
+            connection.connect()
+            barrier.wait()
+            return action(connection)
+
+    with concurrent.futures.ThreadPoolExecutor(len(actions)) as pool:
+        return list(pool.map(act, actions))
+
+
+@pytest.fixture(params=["threads", "processes"])
+def rivals(request, tmp_path):
+    """A server whose threads, or whose processes, can race."""
+    if request.param == "threads":
+        with running(Settings(data=tmp_path / "data")) as server:
+            yield server
+    else:
+        with service(tmp_path / "data", "--workers", "2") as server:
+            yield server
+
+
+def test_uploads_that_race_store_one_binary_whole(rivals, tmp_path):
+    contents = [bytes([65 + number]) * 200_000 for number in range(4)]
+    for _ in range(5):
+        with contextlib.closing(Connection(rivals)) as connection:
+            image_id = connection.create()
+            path = f"/image/{image_id}/binary"
+            answers = race(rivals, *(lambda c, body=body: c.ask("PUT", path, body)[0] for body in contents))
+            assert sorted(answers) == [200, 409, 409, 409]
+            assert connection.ask("GET", path)[2] == contents[answers.index(200)]
+            assert set(race(rivals, *[lambda c: c.ask("PUT", path, contents[answers.index(200)])[0]] * 3)) == {200}
+            files = sorted(path.name for path in (tmp_path / "data" / "binaries").iterdir())
+            assert files.count(f"{image_id}.hex") == 1
+    assert not list((tmp_path / "data" / "tmp").iterdir())
+
+
+def test_upload_that_races_a_deletion_leaves_all_or_nothing(rivals, tmp_path):
+    for number in range(10):
+        with contextlib.closing(Connection(rivals)) as connection:
+            image_id = connection.create()
+            path = f"/image/{image_id}/binary"
+            old, new = firmware(20_000, seed=number)[0], firmware(20_000, seed=number + 100)[0]
+            connection.ask("PUT", path, old)
+            target = path if number % 2 else f"/image/{image_id}"
+            statuses = race(
+                rivals,
+                lambda c, target=target: c.ask("DELETE", target)[0],
+                lambda c, path=path, new=new: c.ask("PUT", path, new)[0],
+                lambda c, path=path: c.ask("GET", path),
+            )
+            assert statuses[0] == 200 and statuses[1] in (200, 404, 409)
+            assert statuses[2][0] in (200, 404)
+            if statuses[2][0] == 200:
+                assert statuses[2][1]["ETag"] == f'"{sha256(statuses[2][2])}"'
+            status, headers, body = connection.ask("GET", path)
+            if status == 200:
+                assert body == new and headers["ETag"] == f'"{sha256(new)}"'
+            else:
+                assert not list((tmp_path / "data" / "binaries").glob(f"{image_id}*"))
+
+
+def test_creations_over_processes_keep_their_order(rivals):
+    race(rivals, *[lambda c: [c.create() for _ in range(10)]] * 4)
+    with contextlib.closing(Connection(rivals)) as connection:
+        created = [image["created"] for image in json.loads(connection.ask("GET", "/image")[2])]
+    assert len(created) == 40 and created == sorted(created)
+
+
+# ------------------------------------------------------------------------------------- what fails on the way
+
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("name", ["tempfile.mkstemp", "os.fsync", "os.replace", "os.open", "io.write"])
+def test_upload_whose_system_calls_fail_leaves_nothing_behind(client, app, monkeypatch, name, number):
+    """Each call of the upload fails in turn: first the first, then the second, ..."""
+    content = firmware(3000)[0]
+    module, _, function = name.partition(".")
+    for nth in range(20):
+        image_id, count = client.create(), itertools.count()
+        with monkeypatch.context() as broken:
+            where = image_manager.Upload if name == "io.write" else getattr(image_manager, module)
+            attribute = "_store" if name == "io.write" else function
+            real = getattr(where, attribute)
+
+            def fails(*values, real=real, count=count, nth=nth, **others):
+                if next(count) == nth:
+                    raise OSError(number, os.strerror(number))
+                return real(*values, **others)
+
+            broken.setattr(where, attribute, fails)
+            response = client.upload(image_id, content, status="*", expect_errors=True)
+        if next(count) <= nth:
+            assert nth > 0 and response.status_int == 200  # there is no such call any more
+            break
+        assert response.status_int == (507 if number == errno.ENOSPC else 500)
+        assert not client.get(f"/image/{image_id}").json["confirmed"]
+        assert folder_is_clean(app)
+        client.upload(image_id, content)
+        client.delete(f"/image/{image_id}")
+    else:
+        pytest.fail("the upload never succeeded")
+
+
+@pytest.mark.parametrize("trouble, status", [("full", 507), ("locked", 503), ("damaged", 500)])
+@pytest.mark.parametrize("moment", ["BEGIN", "UPDATE", "COMMIT"])
+def test_upload_that_cannot_be_recorded_leaves_nothing_behind(client, app, monkeypatch, trouble, status, moment):
+    image_id = client.create()
+    words = {"full": "database or disk is full", "locked": "database is locked", "damaged": "malformed"}
+    opened = Catalogue._open
+
+    class Failing:
+        def __init__(self, real):
+            self.__dict__["real"] = real
+
+        def __getattr__(self, attribute):
+            return getattr(self.real, attribute)
+
+        def execute(self, sql, *values):
+            if sql.startswith(moment) and failing:
+                failing.pop()
+                raise sqlite3.OperationalError(words[trouble])
+            return self.real.execute(sql, *values)
+
+    with monkeypatch.context() as broken:
+        while app.catalogue._idle:
+            app.catalogue._idle.pop().close()
+        broken.setattr(Catalogue, "_open", lambda self: Failing(opened(self)))
+        failing = [True]
+        response = client.upload(image_id, firmware()[0], status=status)
+        assert response.json["status"] == status and not failing
+        assert folder_is_clean(app)
+        assert not client.get(f"/image/{image_id}").json["confirmed"]
+    client.upload(image_id, firmware()[0])
+
+
+def test_catalogue_locked_by_another_process_is_503_and_then_works(client, app, monkeypatch):
+    monkeypatch.setattr(image_manager, "PATIENCE", 0.1)
+    while app.catalogue._idle:
+        app.catalogue._idle.pop().close()
+    image_id = client.stored()
+    with contextlib.closing(sqlite3.connect(app.settings.data / "image_manager.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        response = client.post_json("/image", {"label": "a", "fw_version": "1"}, status=503)
+        error(response, 503, "The catalogue is busy: try again")
+        client.delete(f"/image/{image_id}", status=503)
+        assert client.get(f"/image/{image_id}/binary").status_int == 200
+    client.delete(f"/image/{image_id}")
+
+
+def test_deletion_that_cannot_remove_the_file_leaves_no_row_and_the_next_start_sweeps(client, app, monkeypatch):
+    image_id = client.stored()
+
+    def fails(*_, **__):
+        raise OSError(errno.EIO, "I/O error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "unlink", fails)
+        client.delete(f"/image/{image_id}", status=500, expect_errors=True)
+    client.get(f"/image/{image_id}", status=404)
+    assert (app.binaries.folder / f"{image_id}.hex").exists()
+    image_manager.sweep(app)
+    assert folder_is_clean(app)
+
+
+def test_answers_come_after_the_disk(client, app, monkeypatch):
+    """File synced, then named, then the folder synced, then the row; then the answer."""
+    events = []
+
+    def noting(name, real):
+        def noted(*values, **others):
+            events.append(name)
+            return real(*values, **others)
+
+        return noted
+
+    image_id = client.create()
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, noting(name, getattr(os, name)))
+    real = Catalogue._transaction
+
+    @contextlib.contextmanager
+    def transaction(self):
+        with real(self) as connection:
+            yield connection
+        events.append("committed")
+
+    monkeypatch.setattr(Catalogue, "_transaction", transaction)
+    client.upload(image_id, firmware()[0])
+    assert events == ["fsync", "fsync", "replace", "replace", "fsync", "committed"]
+
+
+# ------------------------------------------------------------------------------------- embedding
+
+
+def left_over():
+    """Return this process's threads and open files, which must be as they were."""
+    files = Path("/proc/self/fd")
+    names = sorted(os.readlink(path) for path in files.iterdir() if path.exists()) if files.exists() else []
+    return {thread.name for thread in threading.enumerate()}, [n for n in names if "/proc/" not in n]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_running_leaves_no_thread_file_or_lock(tmp_path, raises):
+    before, handlers = left_over(), list(image_manager.logging.getLogger().handlers)
+    for _ in range(2):
+        with contextlib.suppress(ZeroDivisionError), running(Settings(data=tmp_path)) as server:
+            with contextlib.closing(Connection(server)) as connection:
+                connection.stored(firmware(100_000)[0])
+            if raises:
+                raise ZeroDivisionError
+    assert left_over() == before
+    assert image_manager.logging.getLogger().handlers == handlers
+
+
+def test_running_ends_though_an_upload_is_in_flight(tmp_path):
+    before = left_over()
+    with running(Settings(data=tmp_path)) as server:
+        with contextlib.closing(Connection(server)) as connection:
+            image_id = connection.create()
+        with dial(server) as sock:
+            sock.sendall(put(server, 500_000, image_id, expect=False) + b"x" * 300_000)
+            time.sleep(0.1)
+            began = time.monotonic()
+            sock.close()
+    assert time.monotonic() - began < 10 and left_over() == before
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_servers_side_by_side_stay_apart(tmp_path):
+    with running(Settings(data=tmp_path / "a")) as one, running(Settings(data=tmp_path / "b")) as two:
+        with contextlib.closing(Connection(one)) as a, contextlib.closing(Connection(two)) as b:
+            a.create()
+            assert json.loads(b.ask("GET", "/image")[2]) == []
+            assert b.ask("GET", "/image", Authorization=f"Bearer {one.token()}")[0] == 401
+
+
+def test_second_service_on_a_folder_is_refused(tmp_path):
+    with running(Settings(data=tmp_path)):
+        with pytest.raises(CannotStart, match="Another service uses"), running(Settings(data=tmp_path)):
+            pass
+        with contextlib.closing(create_app(Settings(data=tmp_path))):
+            pass  # which takes no lock
+    with running(Settings(data=tmp_path)):
+        pass
+
+
+def test_running_takes_scopes_and_a_given_port(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CannotStart, match="Cannot listen"), running(Settings(data=tmp_path, port=port)):
+            pass
+    with running(Settings(data=tmp_path, port=port, url_prefix="/fw")) as server:
+        assert server.url == f"http://127.0.0.1:{port}/fw"
+        request = urllib.request.Request(server.url + "/image", method="POST")
+        request.add_header("Authorization", f"Bearer {server.token(scope=['read'])}")
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(request, b"{}")
+
+
+@pytest.mark.parametrize("host", ["localhost", "::1"])
+def test_other_addresses_can_be_listened_on(tmp_path, host):
+    try:
+        with running(Settings(data=tmp_path, host=host)) as server:
+            assert urllib.request.urlopen(server.url + "/health").status == 200
+    except CannotStart:
+        pytest.skip(f"no {host} here")
+
+
+def test_importing_starts_nothing_and_touches_nothing(tmp_path):
+    code = "import threading, logging, image_manager; print(threading.active_count(), logging.getLogger().handlers)"
+    environ = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1", "IMAGE_MANAGER_PORT": "x"}
+    assert run(sys.executable, "-c", code, cwd=tmp_path, env=environ, check=True).stdout.split() == [b"1", b"[]"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_application_works_under_another_server(app):
+    """The standard library's, whose file wrapper knows no end but that of the file."""
+
+    class Quiet(wsgiref.simple_server.WSGIRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    content, data = firmware(200_000)
+    with wsgiref.simple_server.make_server("127.0.0.1", 0, app, handler_class=Quiet) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        server = type("Other", (), {"url": f"http://127.0.0.1:{other.server_port}", "token": lambda _, s: app.tokens.issue(s)})()
+        try:
+            with contextlib.closing(Connection(server)) as connection:
+                image_id = connection.stored(content)
+                path = f"/image/{image_id}/binary"
+                assert connection.ask("GET", path)[2] == content
+                for first, last in ((0, 9), (100, 200_100), (400_000, len(content) - 1)):
+                    status, _, body = connection.ask("GET", path, Range=f"bytes={first}-{last}")
+                    assert status == 206 and body == content[first : last + 1]
+                assert connection.ask("GET", path + "?format=bin")[2] == data
+                body, headers = form(content)
+                kind = {"Content_Type": headers["Content-Type"]}
+                assert connection.ask("POST", path, body, **kind)[0] == 200
+        finally:
+            other.shutdown()
+            thread.join()
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+class Service:
+    """A process that serves."""
+
+    def __init__(self, data, *options, environ=None):
+        command = [sys.executable, str(PROGRAM), "serve", "--data", str(data), "--port", "0", *options]
+        self.data, self.lines = Path(data), []
+        # Without buffers of pipes to fill: the log is read all the time.
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environ or {})}
+        )
+        self.reader = threading.Thread(target=self.read_log)
+        self.reader.start()
+        self.secret = None
+
+    def read_log(self):
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+
+    @property
+    def log(self):
+        return "\n".join(self.lines)
+
+    def wait_for(self, pattern, seconds=15):
+        deadline = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.log)):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log
+            time.sleep(0.01)
+        return found
+
+    @functools.cached_property
+    def url(self):
+        return self.wait_for(r"listening on (http://\S+)")[1]
+
+    def token(self, service="admin", scope=(), expires=3600):
+        settings = Settings(data=self.data)
+        secret = self.secret or image_manager.load_secret(self.data)
+        return Tokens(settings, secret).issue(service, [f"image:{word}" for word in scope], expires)
+
+    def end(self, number=signal.SIGTERM, seconds=40):
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(seconds)
+        self.reader.join()
+        self.process.stderr.close()
+        return status
+
+
+@contextlib.contextmanager
+def service(data, *options, **others):
+    server = Service(data, *options, **others)
+    try:
+        server.url
+        yield server
+    finally:
+        server.end()
+
+
+def command(*words, environ=None, **others):
+    """Run a command; return (status, standard output, standard error)."""
+    environ = {**os.environ, **(environ or {})}
+    done = run(sys.executable, PROGRAM, *words, env=environ, text=True, **others)
+    return done.returncode, done.stdout, done.stderr
+
+
+def one_sentence(done, *words):
+    """Expect a command to have ended with status 2 and one line that says what to do."""
+    status, out, err = done
+    assert status == 2 and out == "" and err.count("\n") == 1 and "Traceback" not in err, done
+    for word in words:
+        assert word in err
+
+
+def test_first_start_makes_all_and_says_where_and_how(tmp_path):
+    with service(tmp_path / "new" / "data") as server:
+        assert urllib.request.urlopen(server.url + "/health").status == 200
+        server.wait_for("get a token with")
+        assert len(server.lines) <= 5
+        line = re.search("get a token with: python (.*)", server.log)[1]
+        printed = run(sys.executable, *shlex.split(line), check=True, text=True).stdout
+        assert printed.count("\n") == 1
+        with contextlib.closing(Connection(server)) as connection:
+            assert connection.ask("GET", "/image", Authorization=f"Bearer {printed.strip()}")[0] == 200
+    names = {path.name for path in (tmp_path / "new" / "data").iterdir()}
+    assert names == {"binaries", "tmp", "image_manager.db", "secret.key", "service.lock"}
+
+
+def test_what_cannot_start_says_so_in_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("x")
+    one_sentence(command("serve", "--data", tmp_path / "file"), "Cannot write in", "--data")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "image_manager.db").write_bytes(b"no database" * 100)
+    one_sentence(command("serve", "--data", tmp_path / "bad", "--port", "0"), "restore it from a backup")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        one_sentence(command("serve", "--data", tmp_path / "a", "--port", port), f"port {port}", "--port")
+    one_sentence(command("serve", "--host", "no.such.host.invalid"), "Cannot listen", "--host")
+    with service(tmp_path / "used"):
+        one_sentence(command("serve", "--data", tmp_path / "used", "--port", "0"), "Another service uses")
+    one_sentence(command("serve", "--jwt-public-key", tmp_path / "none", "--data", tmp_path / "k", "--port", "0"), "jwt-public-key")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--port", "x"], "takes a whole number"),
+        (["--port", "99999"], "port takes a number from 0 to 65535"),
+        (["serve", "--max-upload", "1T"], "512M"),
+        (["serve", "--workers", "0"], "workers takes a number"),
+        (["serve", "--colour"], "--colour"),
+        (["sing"], "serve"),
+        (["token", "--scope", "raed"], "read, write and delete"),
+        (["token", "--expires", "tomorrow"], "30d"),
+        (["token", "--service", ""], "service"),
+        (["backup"], "destination"),
+        (["verify", "--data", "/nonexistent"], "--data"),
+        (["backup", "--data", "/nonexistent", "x"], "--data"),
+    ],
+)
+def test_bad_options_are_told_what_is_allowed(words, said):
+    one_sentence(command(*words), said)
+
+
+@pytest.mark.parametrize("name, value", [("PORT", "x"), ("MAX_UPLOAD", "big"), ("REQUIRE_INTEL_HEX", "maybe")])
+def test_bad_environment_is_told_what_is_allowed(name, value):
+    one_sentence(command("serve", environ={f"IMAGE_MANAGER_{name}": value}), f"IMAGE_MANAGER_{name} takes")
+
+
+def test_environment_sets_options_and_the_command_line_wins(tmp_path):
+    environ = {
+        "IMAGE_MANAGER_DATA": str(tmp_path / "from-environment"),
+        "IMAGE_MANAGER_URL_PREFIX": "/ignored",
+        "IMAGE_MANAGER_REQUIRE_INTEL_HEX": "yes",
+        "IMAGE_MANAGER_JWT_SECRET": SECRET,
+        "IMAGE_MANAGER_JWT_AUDIENCE": "fw",
+    }
+    with service(tmp_path / "data", "--url-prefix", "/fw", environ=environ) as server:
+        assert server.url.endswith("/fw")
+        status, out, _ = command("token", "--data", tmp_path / "data", environ=environ)
+        assert jwt.decode(out.strip(), SECRET, ["HS256"], audience="fw")["service"] == "admin"
+        headers = {"Authorization": f"Bearer {out.strip()}"}
+        with contextlib.closing(Connection(server, service=None)) as connection:
+            connection.headers = headers
+            image_id = connection.create()
+            assert connection.ask("PUT", f"/image/{image_id}/binary", b"x")[0] == 400
+    assert not (tmp_path / "data" / "secret.key").exists()
+    status, out, _ = command("token", environ=environ)
+    assert status == 0 and not (tmp_path / "from-environment").exists()
+
+
+def test_token_prints_a_token_and_nothing_else(tmp_path):
+    status, out, err = command("token", "--data", tmp_path)
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    secret = (tmp_path / "secret.key").read_text().strip()
+    claims = jwt.decode(out.strip(), secret, ["HS256"])
+    assert claims["service"] == "admin" and "scope" not in claims
+    assert abs(claims["exp"] - time.time() - 30 * 86400) < 60
+    options = ["--service", "lab", "--scope", "read,write", "--expires", "12h"]
+    claims = jwt.decode(command("token", "--data", tmp_path, *options)[1].strip(), secret, ["HS256"])
+    assert (claims["service"], claims["scope"]) == ("lab", "image:read image:write")
+    assert abs(claims["exp"] - time.time() - 12 * 3600) < 60
+    never = command("token", "--data", tmp_path, "--expires", "never")[1].strip()
+    assert "exp" not in jwt.decode(never, secret, ["HS256"])
+
+
+def test_help_is_a_page_worth_reading_for_each_command():
+    status, out, _ = command("--help")
+    assert status == 0 and all(word in out for word in ("serve", "token", "verify", "backup"))
+    for name in ("serve", "token", "verify", "backup"):
+        status, out, _ = command(name, "--help")
+        assert status == 0 and "--data" in out
+    out = command("serve", "--help")[1]
+    for field in image_manager.dataclasses.fields(Settings):
+        if field.name != "jwt_secret":
+            assert "--" + field.name.replace("_", "-") in out
+    assert "8000" in out and "512M" in out and "IMAGE_MANAGER_PORT" in out
+    assert command("--version")[1] == f"image manager {image_manager.__version__}\n"
+
+
+def test_platform_without_fork_serves_with_one_worker_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(os, "fork", raising=False)
+    assert image_manager.main(["serve", "--data", str(tmp_path), "--workers", "2"]) == 2
+    assert "--workers 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_term_lets_requests_in_flight_finish_and_idle_connections_are_no_hindrance(tmp_path, workers):
+    server = Service(tmp_path, "--workers", str(workers))
+    content = random.Random(7).randbytes(8 * MIB)
+    try:
+        with contextlib.closing(Connection(server)) as connection, contextlib.ExitStack() as open_:
+            image_id, other = connection.stored(content), connection.create()
+            for half in (b"", b"GET /image HT"):
+                open_.enter_context(dial(server)).sendall(half)
+            slow = open_.enter_context(dial(server))
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            head = f"GET /image/{image_id}/binary HTTP/1.1\r\nAuthorization: Bearer {server.token()}\r\n\r\n"
+            slow.sendall(head.encode())
+            upload = open_.enter_context(dial(server))
+            upload.sendall(put(server, 200_000, other, expect=False) + b"x" * 100_000)
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            with pytest.raises(OSError):
+                dial(server).close()
+            upload.sendall(b"x" * 100_000)
+            assert read_answer(upload)[0] == "HTTP/1.1 200 OK"
+            assert sha256(read_answer(slow)[2]) == sha256(content)
+            began = time.monotonic()
+            assert server.process.wait(10) == 0 and time.monotonic() - began < 5
+    finally:
+        assert server.end() == 0
+
+
+def test_interrupt_ends_with_status_0(tmp_path):
+    server = Service(tmp_path)
+    server.url
+    assert server.end(signal.SIGINT) == 0 and "Traceback" not in server.log
+
+
+def test_lost_catalogue_stops_the_start_and_nothing_is_swept(tmp_path):
+    with service(tmp_path / "data") as server, contextlib.closing(Connection(server)) as connection:
+        image_id = connection.stored(b"precious")
+    database, kept = tmp_path / "data" / "image_manager.db", tmp_path / "kept.db"
+    shutil.copy(database, kept)
+    with service(tmp_path / "other"):
+        pass
+    for replace in (database.unlink, lambda: database.write_bytes(b""), lambda: shutil.copy(tmp_path / "other" / "image_manager.db", database)):
+        replace()
+        for _ in range(2):
+            one_sentence(command("serve", "--data", tmp_path / "data", "--port", "0"), "restore image_manager.db")
+        assert (tmp_path / "data" / "binaries" / f"{image_id}.hex").read_bytes() == b"precious"
+    shutil.copy(kept, database)
+    with service(tmp_path / "data") as server, contextlib.closing(Connection(server)) as connection:
+        assert connection.ask("GET", f"/image/{image_id}/binary")[2] == b"precious"
+
+
+def test_start_sweeps_what_was_left_over_and_nothing_else(tmp_path):
+    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
+        kept = connection.stored(firmware()[0])
+        plain = connection.stored(b"plain")
+        empty = connection.create()
+    for name in (f"{uuid.uuid4()}.hex", f"{empty}.hex", f"{plain}.bin", "notes.txt"):
+        (tmp_path / "binaries" / name).write_bytes(b"x")
+    (tmp_path / "tmp" / "abc.hex").write_bytes(b"x")
+    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
+        names = {path.name for path in (tmp_path / "binaries").iterdir()}
+        assert names == {f"{kept}.hex", f"{kept}.bin", f"{plain}.hex"}
+        assert not list((tmp_path / "tmp").glob("*.hex"))
+
+
+def test_last_image_deleted_is_no_lost_catalogue(tmp_path):
+    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
+        image_id = connection.stored(b"x")
+        connection.ask("DELETE", f"/image/{image_id}")
+    (tmp_path / "binaries" / f"{image_id}.hex").write_bytes(b"x")  # killed before it was removed
+    with service(tmp_path):
+        assert not list((tmp_path / "binaries").iterdir())
+
+
+def test_bodies_are_spooled_in_the_folder_and_memory_stays_where_it_was(tmp_path):
+    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
+        connection.stored(b"warm")
+        before, image_id = memory(server.process.pid), connection.create()
+        block = random.Random(8).randbytes(MIB)
+        connection.putrequest("PUT", f"/image/{image_id}/binary")
+        connection.putheader("Authorization", connection.headers["Authorization"])
+        connection.putheader("Content-Length", str(200 * MIB))
+        connection.endheaders()
+        peak = 0
+        for number in range(200):
+            connection.send(block)
+            if number == 100:
+                links = [os.readlink(path) for path in Path(f"/proc/{server.process.pid}/fd").iterdir()]
+                assert any(str(tmp_path / "tmp") in link for link in links)
+            peak = max(peak, memory(server.process.pid))
+        assert connection.getresponse().read() == json.dumps({"image": image_id, "message": "image uploaded"}).encode()
+        peak = max(peak, memory(server.process.pid))
+        connection.request("GET", f"/image/{image_id}/binary", headers=connection.headers)
+        response, digest = connection.getresponse(), hashlib.sha256()
+        while piece := response.read(MIB):
+            digest.update(piece)
+            peak = max(peak, memory(server.process.pid))
+        assert digest.hexdigest() == sha256(block * 200)
+        assert peak - before < 32 * MIB
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs limits of processes")
+def test_file_that_the_disk_does_not_take_is_507_and_the_service_goes_on(tmp_path):
+    """A real refusal of the operating system, for the spooled body and for the file."""
+    script = "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
+    script += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    server = Service.__new__(Service)
+    real = subprocess.Popen
+
+    def limited(words, **others):
+        return real([words[0], "-c", script, *words[1:]], **others)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(subprocess, "Popen", limited)
+        server.__init__(tmp_path)
+    try:
+        with contextlib.closing(Connection(server)) as connection:
+            image_id = connection.create()
+            status, _, body = connection.ask("PUT", f"/image/{image_id}/binary", b"x" * 2 * MIB)
+            assert status == 507 and json.loads(body)["status"] == 507
+            connection.close()
+            assert connection.ask("PUT", f"/image/{image_id}/binary", b"x" * 500_000)[0] == 200
+            assert connection.ask("GET", f"/image/{image_id}/binary")[2] == b"x" * 500_000
+        assert not [p for p in (tmp_path / "tmp").iterdir()]
+    finally:
+        assert server.end() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_at_any_moment_loses_nothing_that_was_acknowledged(tmp_path, workers):
+    rng, stored, deleted = random.Random(9), {}, set()
+    for _ in range(4):
+        server = Service(tmp_path, "--workers", str(workers))
+        stop, doubtful = threading.Event(), set()
+
+        def work(seed, server=server, stop=stop, doubtful=doubtful):
+            mine = random.Random(seed)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                with contextlib.closing(Connection(server)) as connection:
+                    while not stop.is_set():
+                        content = firmware(mine.randrange(100, 60_000), seed=mine.random())[0]
+                        image_id = connection.stored(content)
+                        stored[image_id] = sha256(content)
+                        if mine.random() < 0.4:
+                            doubtful.add(image_id)
+                            if connection.ask("DELETE", f"/image/{image_id}")[0] == 200:
+                                deleted.add(image_id)
+                                doubtful.discard(image_id)
+
+        server.url
+        threads = [threading.Thread(target=work, args=(rng.random(),)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3 + rng.random() / 2)
+        server.process.kill()
+        stop.set()
+        for thread in threads:
+            thread.join()
+        server.end()
+        with service(tmp_path) as again, contextlib.closing(Connection(again)) as connection:
+            listed = {i["id"]: i for i in json.loads(connection.ask("GET", "/image?confirmed=true")[2])}
+            for image_id, digest in stored.items():
+                if image_id in deleted:
+                    assert image_id not in listed
+                elif image_id not in doubtful:
+                    assert listed[image_id]["sha256"] == digest
+                elif image_id not in listed:
+                    deleted.add(image_id)
+            assert {p.stem for p in (tmp_path / "binaries").iterdir()} == set(listed)
+            assert not list((tmp_path / "tmp").glob("*.hex"))
+        assert command("verify", "--data", tmp_path)[0] == 0
+    assert len(stored) > 20 and deleted
+
+
+# ------------------------------------------------------------------------------------- workers
+
+
+def workers_of(server):
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    if not children.exists():
+        pytest.skip("needs /proc")
+    return [int(pid) for pid in children.read_text().split()]
+
+
+def wait_until(true, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_lost_worker_is_made_good(tmp_path):
+    with service(tmp_path, "--workers", "2") as server:
+        wait_until(lambda: len(workers_of(server)) == 2)
+        time.sleep(0.5)
+        lost, kept = workers_of(server)
+        os.kill(lost, signal.SIGKILL)
+        for _ in range(20):
+            assert urllib.request.urlopen(server.url + "/health").status == 200
+        wait_until(lambda: len(workers_of(server)) == 2 and lost not in workers_of(server))
+        assert kept in workers_of(server)
+        server.wait_for(f"worker {lost} ended")
+
+
+def test_workers_end_when_the_first_process_is_killed_and_the_next_start_works_at_once(tmp_path):
+    server = Service(tmp_path, "--workers", "2")
+    port = urllib.parse.urlsplit(server.url).port
+    wait_until(lambda: len(workers_of(server)) == 2)
+    time.sleep(0.3)
+    workers = workers_of(server)
+    server.process.kill()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    server.end()
+    again = Service(tmp_path, "--port", str(port))
+    assert urllib.request.urlopen(again.url + "/health").status == 200
+    assert again.end() == 0
+
+
+# ------------------------------------------------------------------------------------- verify and backup
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    """A store in use: (service, its connection, {id: content} of three images)."""
+    with service(tmp_path / "data") as server, contextlib.closing(Connection(server)) as connection:
+        contents = [firmware(5000, seed=1)[0], b"plain", firmware(70_000, seed=2)[0]]
+        yield server, connection, {connection.stored(content): content for content in contents}
+
+
+def test_verify_is_satisfied_with_a_sound_store_in_use_and_changes_nothing(shelf):
+    server, _, _ = shelf
+    before = {path: path.stat().st_mtime_ns for path in server.data.rglob("*") if path.is_file() and path.suffix != ".db-shm"}
+    assert command("verify", "--data", server.data) == (0, "3 binaries checked, 0 faults\n", "")
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda path: path.with_suffix(".hex").unlink(), "hex file of image {id} is missing"),
+        (lambda path: path.with_suffix(".bin").unlink(), "bin file of image {id} is missing"),
+        (lambda path: path.with_suffix(".hex").write_bytes(b"x"), "1 bytes long instead of"),
+        (lambda path: flip(path.with_suffix(".hex")), "the hex file of image {id} has other bytes"),
+        (lambda path: flip(path.with_suffix(".bin")), "the bin file of image {id} has other bytes"),
+        (lambda path: path.with_name("stray.hex").write_bytes(b""), "left over: "),
+    ],
+)
+def test_verify_names_each_damage_and_what_can_be_done(shelf, damage, said):
+    server, _, contents = shelf
+    image_id = next(iter(contents))
+    damage(server.data / "binaries" / f"{image_id}.x")
+    status, out, err = command("verify", "--data", server.data)
+    assert status == 1 and err == "" and said.format(id=image_id) in out
+    assert out.endswith("3 binaries checked, 1 faults\n")
+    assert "upload the same file again" in out or "the next start of the service removes it" in out
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_verify_shows_its_progress_on_a_terminal(shelf):
+    server, _, _ = shelf
+    main, terminal = os.openpty()
+    done = subprocess.run([sys.executable, PROGRAM, "verify", "--data", server.data], stderr=terminal, stdout=subprocess.PIPE, timeout=30)
+    os.close(terminal)
+    assert b"3 of 3" in os.read(main, 10_000) and done.returncode == 0
+    os.close(main)
+
+
+def test_backup_of_a_store_in_use_is_complete_and_can_be_served(shelf, tmp_path):
+    server, connection, contents = shelf
+    stop = threading.Event()
+
+    def churn():
+        with contextlib.closing(Connection(server)) as other:
+            while not stop.is_set():
+                gone = other.stored(firmware(3000)[0])
+                other.ask("DELETE", f"/image/{gone}")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    status, out, err = command("backup", "--data", server.data, tmp_path / "copy")
+    stop.set()
+    thread.join()
+    assert status == 0 and err == "" and " 0 faults" in out
+    token = connection.headers
+    with service(tmp_path / "copy") as copy, contextlib.closing(Connection(copy, service=None)) as reader:
+        assert not [line for line in copy.lines if "left over" in line]
+        for image_id, content in contents.items():
+            assert reader.ask("GET", f"/image/{image_id}/binary", **token)[2] == content
+    assert command("verify", "--data", tmp_path / "copy")[0] == 0
+    if os.name == "posix":
+        assert (tmp_path / "copy" / "secret.key").stat().st_mode & 0o777 == 0o600
+    one_sentence(command("backup", "--data", server.data, tmp_path / "copy"), "has something in it")
+
+
+def test_backup_tells_of_damage_and_copies_the_rest(shelf, tmp_path):
+    server, _, contents = shelf
+    image_id = next(iter(contents))
+    flip(server.data / "binaries" / f"{image_id}.hex")
+    status, out, _ = command("backup", "--data", server.data, tmp_path / "copy")
+    assert status == 1 and image_id in out and "3 binaries copied, 1 faults" in out
+    for other in list(contents)[1:]:
+        assert (tmp_path / "copy" / "binaries" / f"{other}.hex").read_bytes() == contents[other]
