@@ -2075,6 +2075,7 @@ LINGER = 10  # seconds, and
 LINGER_BYTES = 64 * MIB  # that a refused sender is listened to, so that it gets to the answer
 LONGEST_CONTROL = 8 * KIB  # bytes of the line before a chunk, or of the trailer
 GRACE = 30  # seconds that requests in flight may take to end
+ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Refusal(WaitressError):
@@ -2507,34 +2508,39 @@ def running(settings: Settings) -> Iterator[Running]:
                 thread.join()
 
 
-def serve_here(settings: Settings, listener: socket.socket) -> None:
-    """Serve in this process until SIGTERM or SIGINT."""
+def serve_here(settings: Settings, listener: socket.socket, ready: Callable[[], object]) -> None:
+    """Serve in this process until SIGTERM or SIGINT; calls ready() when both are heeded."""
     with contextlib.closing(create_app(settings)) as application:
         server = Server(application, listener)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ENDING:
             signal.signal(number, lambda *_: server.stop(GRACE))
+        ready()
         server.run()
 
 
-def supervise(settings: Settings, listener: socket.socket) -> None:
+def supervise(settings: Settings, listener: socket.socket, ready: Callable[[], object]) -> None:
     """Keep as many processes serving as are wanted, until SIGTERM or SIGINT.
 
     No SQLite connection crosses a fork: this process has closed its own before.
     """
+    held_back = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, ENDING)
+    let_through = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, ENDING)
     alive, held = os.pipe()
     workers: dict[int, float] = {}  # when each began
     stopping = False
 
     def start() -> None:
+        held_back()  # until this process knows the worker, and the worker has its own handlers
         pid = os.fork()
         if pid:
             workers[pid] = time.monotonic()
+            let_through()
             return
         status = 1
         try:
             os.close(held)
             threading.Thread(target=end_with_parent, args=(alive,), daemon=True).start()
-            serve_here(settings, listener)
+            serve_here(settings, listener, let_through)
             status = 0
         except BaseException:
             log.exception("a worker failed")
@@ -2549,8 +2555,9 @@ def supervise(settings: Settings, listener: socket.socket) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, stop)
+    ready()
     while len(workers) < settings.workers and not stopping:
         start()
     while workers:
@@ -2587,12 +2594,9 @@ def serve(settings: Settings) -> int:
         if not settings.jwt_public_key:
             command = ["python", sys.argv[0], "token", "--data", str(settings.data)]
             told.append(f"get a token with: {shlex.join(command)}")
-        print("\n".join(told), file=sys.stderr, flush=True)
         tempfile.tempdir = str(settings.data / "tmp")  # the /tmp of a gateway is often memory
-        if settings.workers > 1:
-            supervise(settings, listener)
-        else:
-            serve_here(settings, listener)
+        ready = functools.partial(print, *told, sep="\n", file=sys.stderr, flush=True)
+        (supervise if settings.workers > 1 else serve_here)(settings, listener, ready)
     return 0
 
 
@@ -2855,6 +2859,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (CannotStart, ServiceError, OSError) as error:
         print(f"image manager: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 0
 
 
 if __name__ == "__main__":

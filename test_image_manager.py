@@ -339,12 +339,17 @@ def test_token_is_accepted_with(tokens, claims):
 def forged_with(algorithm):
     """Return a token that claims an algorithm and is signed with nothing."""
     parts = ({"alg": algorithm, "typ": "JWT"}, {"service": "admin"})
-    words = [base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts]
+    words = [
+        base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts
+    ]
     return "Bearer " + ".".join(words) + "."
 
 
 def forged(header, claims, key=SECRET):
-    words = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in (header, claims)]
+    words = [
+        base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=")
+        for part in (header, claims)
+    ]
     signed = b".".join(words)
     mac = base64.urlsafe_b64encode(hmac.digest(key.encode(), signed, "sha256")).rstrip(b"=")
     return "Bearer " + (signed + b"." + mac).decode()
@@ -639,7 +644,14 @@ def test_hex_read_together_and_one_by_one_is_the_same(monkeypatch):
 def test_hex_segment_base_wraps_at_64_kib_and_says_so():
     content = record(2, 0, b"\x10\0") + record(0, 0xFFFE, b"abcd") + record(0, 2, b"ef") + END
     layout, placed = read_hex(content.encode())
-    assert placed == {0x1FFFE: 97, 0x1FFFF: 98, 0x10000: 99, 0x10001: 100, 0x10002: 101, 0x10003: 102}
+    assert placed == {
+        0x1FFFE: 97,
+        0x1FFFF: 98,
+        0x10000: 99,
+        0x10001: 100,
+        0x10002: 101,
+        0x10003: 102,
+    }
     assert layout.warnings == ["The record at 0x0001FFFE wraps round to 0x00010000"]
 
 
@@ -655,9 +667,7 @@ def test_hex_overlap_is_reported_and_the_later_record_wins():
     layout, placed = read_hex(content.encode())
     assert bytes(placed[at] for at in range(6)) == b"abXZef"
     assert layout.bytes == 9 and layout.segments() == [(0, 6)]
-    assert layout.warnings[0] == (
-        "2 bytes at 0x00000002 are written more than once: the last wins"
-    )
+    assert layout.warnings[0] == ("2 bytes at 0x00000002 are written more than once: the last wins")
 
 
 def test_hex_that_warns_a_lot_says_how_many_more():
@@ -906,7 +916,9 @@ def test_excerpt_over_a_wide_gap_takes_no_memory(tmp_path):
 
 
 def test_the_life_of_an_image(client, app):
-    created = client.post_json("/image/", {"label": "FW_Example", "fw_version": "1.0.0"}, status=201)
+    created = client.post_json(
+        "/image/", {"label": "FW_Example", "fw_version": "1.0.0"}, status=201
+    )
     image_id = created.json["id"]
     assert str(uuid.UUID(image_id, version=4)) == image_id
     path = f"/image/{image_id}"
@@ -1011,7 +1023,9 @@ def test_route_wants_a_token(route, client):
 @pytest.mark.parametrize("route", GUARDED, ids=NAMES)
 def test_route_wants_its_right_and_no_other(route, client, app):
     image_id = client.stored()
-    others = [right.removeprefix("image:") for right in image_manager.RIGHTS if right != route.right]
+    others = [
+        right.removeprefix("image:") for right in image_manager.RIGHTS if right != route.right
+    ]
     for rights in ([others[0]], [others[1]], others):
         response = request_to(route, client.as_("admin", *rights), image_id, 403)
         error(response, 403, f"This token does not give the right {route.right}")
@@ -1081,7 +1095,10 @@ LONG, CONTROL = "Longer than maximum length 128.", "Contains control characters.
         ({"label": None, "fw_version": 1}, {"label": [NULL], "fw_version": [NO_STRING]}),
         ({"label": "", "fw_version": []}, {"label": [SHORT], "fw_version": [NO_STRING]}),
         ({"label": "a" * 129, "fw_version": "1"}, {"label": [LONG]}),
-        ({"label": "a" * 128 + "\n", "fw_version": "\0"}, {"label": [LONG, CONTROL], "fw_version": [CONTROL]}),
+        (
+            {"label": "a" * 128 + "\n", "fw_version": "\0"},
+            {"label": [LONG, CONTROL], "fw_version": [CONTROL]},
+        ),
         ({"label": "\x85", "fw_version": True}, {"label": [CONTROL], "fw_version": [NO_STRING]}),
     ],
 )
@@ -1102,7 +1119,9 @@ def test_lone_surrogate_is_no_valid_string(client):
     assert response.json["errors"] == {"label": [NO_STRING]}
 
 
-@pytest.mark.parametrize("text", ["a" * 128, "ä" * 128, "\U0001f600", "'; DROP TABLE image; --", " "])
+@pytest.mark.parametrize(
+    "text", ["a" * 128, "ä" * 128, "\U0001f600", "'; DROP TABLE image; --", " "]
+)
 def test_any_other_text_will_do(client, text):
     image_id = client.create(text, text)
     assert client.get(f"/image/{image_id}").json["label"] == text
@@ -1159,7 +1178,11 @@ def test_change_of_label_and_version(client):
     path = f"/image/{image_id}"
     before = client.get(path).json
     changed = client.patch_json(path, {"label": "new"}).json
-    assert changed == client.get(path).json == {**before, "label": "new", "updated": changed["updated"]}
+    assert (
+        changed
+        == client.get(path).json
+        == {**before, "label": "new", "updated": changed["updated"]}
+    )
     assert changed["updated"] > before["updated"]
     assert client.patch_json(path, {"fw_version": "0.1.0", "confirmed": False}).json["confirmed"]
     other = client.stored(label="new", fw_version="1.0.0")
@@ -1205,9 +1228,11 @@ def test_list_comes_in_pages_with_total_and_links(client):
             reversed(re.fullmatch('<(.*)>; rel="(.*)"', link).groups())
             for link in page.headers["Link"].split(", ")
         )
-        assert links.keys() == {"next"} | {"prev"} if number == 1 else {"next", "prev"} - {
-            "prev" if number == 0 else "next"
-        }
+        assert (
+            links.keys() == {"next"} | {"prev"}
+            if number == 1
+            else {"next", "prev"} - {"prev" if number == 0 else "next"}
+        )
         if "next" in links:
             page = client.get(links["next"])
     assert seen == made
@@ -1241,11 +1266,17 @@ def test_latest_is_the_highest_version_that_has_a_binary(client):
     client.delete(f"/image/{again}/binary")
     assert client.get("/image/latest?label=a").json == latest
     for version in ("1.10.0", "v1.10.0+x", "1.11.0", "2.0.0-alpha"):
-        response = client.get(f"/image/latest?label=a&current={urllib.parse.quote(version)}", status=204)
+        response = client.get(
+            f"/image/latest?label=a&current={urllib.parse.quote(version)}", status=204
+        )
         assert response.body == b"" and "Content-Length" not in response.headers
     for version in ("1.9.9", "1.10.0-rc.9", "nightly", "zzz", "1.10"):
         assert client.get(f"/image/latest?label=a&current={version}").json == latest
-    error(client.get("/image/latest?label=none", status=404), 404, "No image with this label has a binary")
+    error(
+        client.get("/image/latest?label=none", status=404),
+        404,
+        "No image with this label has a binary",
+    )
 
 
 def test_latest_where_nothing_is_semver_is_the_last_created(client):
@@ -1257,7 +1288,9 @@ def test_latest_where_nothing_is_semver_is_the_last_created(client):
     client.get("/image/latest?label=a&current=0.0.1", status=204)
 
 
-@pytest.mark.parametrize("query", ["", "?label=", "?label=a&current=", "?label=a&x=1", "?label=a&label=a"])
+@pytest.mark.parametrize(
+    "query", ["", "?label=", "?label=a&current=", "?label=a&x=1", "?label=a&label=a"]
+)
 def test_latest_refuses_any_other_query(client, query):
     error(client.get("/image/latest" + query, status=400), 400, "Invalid query param supplied")
 
@@ -1277,10 +1310,16 @@ def test_what_is_no_id_is_an_image_that_is_not_there(client, asked, said):
 
 def test_id_in_capitals_is_another_id(client):
     image_id = client.create()
-    error(client.get(f"/image/{image_id.upper()}", status=404), 404, f"No such image: {image_id.upper()}")
+    error(
+        client.get(f"/image/{image_id.upper()}", status=404),
+        404,
+        f"No such image: {image_id.upper()}",
+    )
 
 
-@pytest.mark.parametrize("path", ["/", "/x", "/images", "/image/a/b", "/image//binary", "/image/a/binary/x", "/health/x"])
+@pytest.mark.parametrize(
+    "path", ["/", "/x", "/images", "/image/a/b", "/image//binary", "/image/a/binary/x", "/health/x"]
+)
 def test_unknown_path_is_404(client, path):
     error(client.get(path, status=404), 404, "No such path")
 
@@ -1316,7 +1355,9 @@ def test_head_works_wherever_get_does(client):
             assert head.content_type == got.content_type
 
 
-def test_bug_is_500_with_no_internals_in_the_body_and_the_traceback_in_the_log(client, app, monkeypatch):
+def test_bug_is_500_with_no_internals_in_the_body_and_the_traceback_in_the_log(
+    client, app, monkeypatch
+):
     def bug(*_):
         raise RuntimeError("the very reason")
 
@@ -1378,7 +1419,9 @@ def test_form_that_is_not_one_hex_file_named_image_is_refused(client, app, body,
     assert not client.get(f"/image/{image_id}").json["confirmed"] and folder_is_clean(app)
 
 
-@pytest.mark.parametrize("name", ["fw.hex", "FW.HEX", "../../etc/x.Hex", "a b.hex", 'q%22.hex', "\u00e4.hex"])
+@pytest.mark.parametrize(
+    "name", ["fw.hex", "FW.HEX", "../../etc/x.Hex", "a b.hex", "q%22.hex", "\u00e4.hex"]
+)
 def test_form_with_any_name_that_ends_in_hex_is_taken_and_the_name_is_no_path(client, app, name):
     image_id = client.create()
     body, headers = form(b"content\r\n--Xy", filename=name)
@@ -1423,8 +1466,16 @@ def test_put_whose_body_ends_early_or_has_no_length_is_refused(client, app):
         loose.setitem(client.extra_environ, "CONTENT_LENGTH", "100")
         response = client.put(path, b"x", headers={"Content-Length": "100"}, status=400)
     error(response, 400, "The body ended before its Content-Length")
-    environ = {**client.extra_environ, "REQUEST_METHOD": "PUT", "PATH_INFO": path, "wsgi.input": io.BytesIO()}
-    environ |= {"HTTP_AUTHORIZATION": f"Bearer {app.tokens.issue('admin')}", "wsgi.errors": io.StringIO()}
+    environ = {
+        **client.extra_environ,
+        "REQUEST_METHOD": "PUT",
+        "PATH_INFO": path,
+        "wsgi.input": io.BytesIO(),
+    }
+    environ |= {
+        "HTTP_AUTHORIZATION": f"Bearer {app.tokens.issue('admin')}",
+        "wsgi.errors": io.StringIO(),
+    }
     told = []
     assert b"Content-Length" in b"".join(app(environ, lambda *answer: told.append(answer)))
     assert told[0][0].startswith("411 ") and folder_is_clean(app)
@@ -1535,7 +1586,10 @@ def test_download_carries_digest_tag_and_name(client):
     modified = email.utils.parsedate_to_datetime(response.headers["Last-Modified"])
     assert modified == datetime.fromisoformat(stored).replace(microsecond=0)
     client.patch_json(f"/image/{image_id}", {"label": "new"})
-    assert client.get(f"/image/{image_id}/binary").headers["Last-Modified"] == response.headers["Last-Modified"]
+    assert (
+        client.get(f"/image/{image_id}/binary").headers["Last-Modified"]
+        == response.headers["Last-Modified"]
+    )
 
 
 TAG, OTHER_TAG = '"{tag}"', '"' + "0" * 64 + '"'
@@ -1606,7 +1660,9 @@ def test_conditions(client, headers, status, query):
     if status in (200, 304):
         assert response.headers["ETag"] == f'"{tag}"'
         assert response.headers["Cache-Control"] == "private, no-cache"
-    assert response.body == {200: plain.body, 206: plain.body[:2], 304: b""}.get(status, response.body)
+    assert response.body == {200: plain.body, 206: plain.body[:2], 304: b""}.get(
+        status, response.body
+    )
     head = client.head(path, sent, status="*")
     assert head.status_int == (200 if status == 206 else status)
 
@@ -1668,7 +1724,9 @@ def test_range_of_an_empty_binary_is_not_satisfiable(client):
 
 @pytest.mark.parametrize("damage", ["missing", "too short", "too long"])
 @pytest.mark.parametrize("suffix", [".hex", ".bin"])
-def test_damaged_binary_is_500_naming_the_image_and_the_same_bytes_mend_it(client, app, damage, suffix):
+def test_damaged_binary_is_500_naming_the_image_and_the_same_bytes_mend_it(
+    client, app, damage, suffix
+):
     content, data = firmware()
     image_id, other = client.stored(content), client.stored()
     path = app.binaries.folder / (image_id + suffix)
@@ -1739,7 +1797,9 @@ def test_raw_bytes_without_a_window_are_all_of_them(client):
 
 def test_each_window_and_fill_has_its_own_tag(client, sparse):
     queries = ["&end=0x114", "&end=0x115", "&start=0xFF&end=0x114", "&end=0x114&fill=0"]
-    tags = {client.get(f"/image/{sparse}/binary?format=bin{query}").headers["ETag"] for query in queries}
+    tags = {
+        client.get(f"/image/{sparse}/binary?format=bin{query}").headers["ETag"] for query in queries
+    }
     assert len(tags | {client.get(f"/image/{sparse}/binary").headers["ETag"]}) == 5
     same = client.get(f"/image/{sparse}/binary?format=bin&start=256&end=276&fill=255")
     assert same.headers["ETag"] in tags
@@ -1757,10 +1817,23 @@ def test_window_that_is_none_is_refused(client, sparse, query):
     error(response, 400, "Invalid query param supplied")
 
 
-@pytest.mark.parametrize("query", ["", "&start=0", "&start=0&end=0x100", "&start=0x108&end=0x110", "&end=0x90", "&start=0x20000000"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "",
+        "&start=0",
+        "&start=0&end=0x100",
+        "&start=0x108&end=0x110",
+        "&end=0x90",
+        "&start=0x20000000",
+    ],
+)
 def test_window_too_large_or_with_no_data_is_422_and_names_the_segments(client, sparse, query):
     response = client.get(f"/image/{sparse}/binary?format=bin{query}", status=422)
-    assert "0x00000100 to 0x00000108, 0x00000110 to 0x00000114, 0x10001000 to" in response.json["message"]
+    assert (
+        "0x00000100 to 0x00000108, 0x00000110 to 0x00000114, 0x10001000 to"
+        in response.json["message"]
+    )
 
 
 @pytest.mark.parametrize("content", [b"\x7fELF", b"", END.encode()])
@@ -1791,7 +1864,10 @@ def test_link_downloads_with_no_header_at_all(client):
     assert client.head(path).headers["Content-Length"] == str(len(content))
     assert client.get(path, {"Range": "bytes=1-2"}, status=206).body == content[1:3]
     tag = response.headers["ETag"]
-    assert client.get(path, {"If-None-Match": tag}, status=304).headers["Cache-Control"][:6] == "public"
+    assert (
+        client.get(path, {"If-None-Match": tag}, status=304).headers["Cache-Control"][:6]
+        == "public"
+    )
     assert client.get(path + "&format=bin").body == data
     assert client.get(path + "&format=bin&start=4&end=9").body == data[4:9]
 
@@ -1830,7 +1906,9 @@ def test_link_that_was_altered_is_401(client):
         {"signature": query["signature"]},
     ]
     for changed in altered:
-        response = client.get(f"/image/{image_id}/binary?{urllib.parse.urlencode(changed)}", status=401)
+        response = client.get(
+            f"/image/{image_id}/binary?{urllib.parse.urlencode(changed)}", status=401
+        )
         error(response, 401, "Invalid link: its signature does not match")
     for place in range(len(query["signature"])):
         text = query["signature"]
@@ -1856,7 +1934,9 @@ def test_link_expires_and_does_not_outlive_its_token(client, app, monkeypatch):
 @pytest.mark.parametrize("seconds", [0, -1, 2592001, 1.5, "60", None, True, [], 10**30])
 def test_link_for_no_sensible_time_is_refused(client, seconds):
     image_id = client.stored()
-    response = client.post_json(f"/image/{image_id}/binary/link", {"expires_in": seconds}, status=400)
+    response = client.post_json(
+        f"/image/{image_id}/binary/link", {"expires_in": seconds}, status=400
+    )
     message = "expires_in takes a whole number of seconds from 1 to 2592000"
     error(response, 400, message)
 
@@ -1960,7 +2040,9 @@ def test_http_1_0_is_spoken(server, connection):
         for _ in range(2):
             sock.sendall(kept)
             status_line, headers, _ = read_answer(sock)
-            assert status_line == "HTTP/1.0 304 Not Modified" and headers["Connection"] == "Keep-Alive"
+            assert (
+                status_line == "HTTP/1.0 304 Not Modified" and headers["Connection"] == "Keep-Alive"
+            )
 
 
 def test_pipelined_requests_are_answered_in_order_also_after_uploads(server, connection):
@@ -1969,7 +2051,8 @@ def test_pipelined_requests_are_answered_in_order_also_after_uploads(server, con
     content = firmware(3000)[0]
     requests = [
         f"PUT /image/{image_id}/binary HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\n"
-        f"Content-Length: {len(content)}\r\n\r\n".encode() + content,
+        f"Content-Length: {len(content)}\r\n\r\n".encode()
+        + content,
         *(
             f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\n\r\n".encode()
             for path in (f"/image/{image_id}/binary", "/none", "/health") * 30
@@ -2017,8 +2100,14 @@ MALFORMED = {
     "bare CR": (b"GET / HTTP/1.1\r\na: b\rc\r\n\r\n", 400),
     "Content-Length x": (b"PUT / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
     "Content-Length -1": (b"PUT / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
-    "two Content-Lengths": (b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
-    "both": (b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "two Content-Lengths": (
+        b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        400,
+    ),
+    "both": (
+        b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        400,
+    ),
     "chunked in 1.0": (b"PUT / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     "unknown coding": (b"PUT / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
     "header too large": (b"GET / HTTP/1.1\r\na: " + b"b" * 200_000 + b"\r\n\r\n", 431),
@@ -2027,7 +2116,9 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("request_, status", MALFORMED.values(), ids=MALFORMED)
-def test_malformed_request_is_told_so_in_json_and_nothing_behind_it_is_done(server, request_, status):
+def test_malformed_request_is_told_so_in_json_and_nothing_behind_it_is_done(
+    server, request_, status
+):
     smuggled = f"POST /image HTTP/1.1\r\nAuthorization: Bearer {server.token()}\r\nContent-Type: application/json\r\n"
     smuggled += 'Content-Length: 32\r\n\r\n{"label":"x","fw_version":"0.0"}'
     assert told(exchange(server, request_ + smuggled.encode()))[0] == status
@@ -2044,14 +2135,21 @@ def test_malformed_head_request_gets_no_body(server):
 def test_bad_chunks_are_refused(server, connection):
     image_id = connection.create()
     head = f"PUT /image/{image_id}/binary"
-    for rest in (b"x\r\n", b"5\r\nabc\r\n0\r\n\r\n", b"5;" + b"a" * 20_000, b"0\r\n" + b"a: b\r\n" * 5000):
+    for rest in (
+        b"x\r\n",
+        b"5\r\nabc\r\n0\r\n\r\n",
+        b"5;" + b"a" * 20_000,
+        b"0\r\n" + b"a: b\r\n" * 5000,
+    ):
         assert told(exchange(server, chunked(server, head) + rest))[0] == 400
     assert folder_is_clean(server.application)
 
 
 def test_two_authorization_headers_are_401(server):
     header = f"Authorization: Bearer {server.token()}\r\n"
-    answer = exchange(server, f"GET /image HTTP/1.1\r\n{header * 2}Connection: close\r\n\r\n".encode())
+    answer = exchange(
+        server, f"GET /image HTTP/1.1\r\n{header * 2}Connection: close\r\n\r\n".encode()
+    )
     assert answer.startswith(b"HTTP/1.1 401 ")
 
 
@@ -2087,7 +2185,9 @@ def put(server, length, image_id="x", rights=(), method="PUT", expect=True, toke
         ({"length": 10**30}, 413),
     ],
 )
-def test_upload_that_may_not_be_made_is_answered_on_its_header(small, values, status, method, expect):
+def test_upload_that_may_not_be_made_is_answered_on_its_header(
+    small, values, status, method, expect
+):
     values = {"length": 900_000, "method": method, "expect": expect, **values}
     began = time.monotonic()
     with dial(small) as sock:
@@ -2095,7 +2195,9 @@ def test_upload_that_may_not_be_made_is_answered_on_its_header(small, values, st
         if not expect:
             sock.sendall(b"x" * 300_000)
         status_line, headers, body = read_answer(sock)
-        assert status_line.startswith(f"HTTP/1.1 {status} ") and json.loads(body)["status"] == status
+        assert (
+            status_line.startswith(f"HTTP/1.1 {status} ") and json.loads(body)["status"] == status
+        )
         assert headers["Connection"] == "close" and sock.recv(10) == b""
     assert time.monotonic() - began < 5 and folder_is_clean(small.application)
 
@@ -2115,9 +2217,21 @@ def test_nothing_of_a_refused_body_is_taken_for_a_request(small):
         assert connection.ask("GET", "/image")[2] == b"[]"
 
 
-@pytest.mark.parametrize("head, length, status", [("POST /none", 10**9, 404), ("PUT /image", 10**9, 405), ("GET /image", 70_000, 413), ("POST /image", 70_000, 413)])
+@pytest.mark.parametrize(
+    "head, length, status",
+    [
+        ("POST /none", 10**9, 404),
+        ("PUT /image", 10**9, 405),
+        ("GET /image", 70_000, 413),
+        ("POST /image", 70_000, 413),
+    ],
+)
 def test_large_body_is_refused_on_the_header_wherever_it_goes(small, head, length, status):
-    lines = [f"{head} HTTP/1.1", f"Content-Length: {length}", f"Authorization: Bearer {small.token()}"]
+    lines = [
+        f"{head} HTTP/1.1",
+        f"Content-Length: {length}",
+        f"Authorization: Bearer {small.token()}",
+    ]
     assert told(exchange(small, "\r\n".join([*lines, "", ""]).encode()))[0] == status
 
 
@@ -2159,7 +2273,9 @@ def free_space(monkeypatch, free):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 0, free))
 
 
-def test_full_disk_refuses_uploads_and_creations_at_once_but_not_deletions(server, connection, monkeypatch):
+def test_full_disk_refuses_uploads_and_creations_at_once_but_not_deletions(
+    server, connection, monkeypatch
+):
     kept, gone = connection.stored(b"kept"), connection.stored(b"gone")
     empty = connection.create()
     with monkeypatch.context() as full:
@@ -2190,7 +2306,9 @@ def test_full_disk_while_a_body_is_spooled_is_507(server, connection, monkeypatc
             raise OSError(number, "full")
 
     with monkeypatch.context() as full:
-        full.setattr(tempfile, "TemporaryFile", lambda *a, **k: Full() if "w+b" in a else opened(*a, **k))
+        full.setattr(
+            tempfile, "TemporaryFile", lambda *a, **k: Full() if "w+b" in a else opened(*a, **k)
+        )
         status, _, body = connection.ask("PUT", f"/image/{image_id}/binary", b"x" * 200_000)
         assert status == 507 and json.loads(body)["status"] == 507
     connection.close()
@@ -2216,7 +2334,9 @@ def test_slow_readers_hold_no_thread_and_no_memory(server, connection):
     content = random.Random(3).randbytes(8 * MIB)
     image_id = connection.stored(content)
     path = f"/image/{image_id}/binary"
-    head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.token()}\r\n\r\n".encode()
+    head = (
+        f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.token()}\r\n\r\n".encode()
+    )
     before = memory()
     slow = [dial(server) for _ in range(40)]
     for sock in slow:
@@ -2245,7 +2365,9 @@ def test_waitress_asks_a_connection_whether_it_wants_to_write(server, connection
     asked = []
     writable = image_manager.Channel.writable
     monkeypatch.setattr(
-        image_manager.Channel, "writable", lambda self: asked.append(bool(self.requests)) or writable(self)
+        image_manager.Channel,
+        "writable",
+        lambda self: asked.append(bool(self.requests)) or writable(self),
     )
     image_id = connection.stored(b"content")
     for _ in range(5):
@@ -2356,7 +2478,9 @@ def test_esp_https_ota_in_parts(fleet):
     while len(received) < total:
         end = "" if total - len(received) <= 65536 else len(received) + 65535
         with dial(server) as sock:
-            sock.sendall(f"GET {link} HTTP/1.1\r\nHost: x\r\nRange: bytes={len(received)}-{end}\r\n\r\n".encode())
+            sock.sendall(
+                f"GET {link} HTTP/1.1\r\nHost: x\r\nRange: bytes={len(received)}-{end}\r\n\r\n".encode()
+            )
             status_line, _, body = read_answer(sock)
             assert status_line.startswith("HTTP/1.1 206")
             received += body
@@ -2404,14 +2528,21 @@ def test_mender_goes_on_where_it_broke_off(fleet):
 
 def test_arduino_and_u_boot_speak_http_1_0(fleet):
     server, link, _, content, _ = fleet
-    for extra in ("User-Agent: ESP8266-http-Update\r\nx-ESP8266-mode: sketch\r\n", "User-Agent: U-Boot\r\n"):
-        head, _, body = exchange(server, f"GET {link} HTTP/1.0\r\n{extra}\r\n".encode()).partition(b"\r\n\r\n")
+    for extra in (
+        "User-Agent: ESP8266-http-Update\r\nx-ESP8266-mode: sketch\r\n",
+        "User-Agent: U-Boot\r\n",
+    ):
+        head, _, body = exchange(server, f"GET {link} HTTP/1.0\r\n{extra}\r\n".encode()).partition(
+            b"\r\n\r\n"
+        )
         assert b"\r\nContent-Length: 300001\r\n" in head and head.startswith(b"HTTP/1.0 200 OK")
         assert sha256(body) == sha256(content)
 
 
 def run(*command, **others):
-    return subprocess.run([str(word) for word in command], capture_output=True, timeout=60, **others)
+    return subprocess.run(
+        [str(word) for word in command], capture_output=True, timeout=60, **others
+    )
 
 
 @pytest.mark.parametrize("tool", ["curl", "wget", "urllib"])
@@ -2451,14 +2582,23 @@ def test_download_that_has_begun_ends_well_though_its_image_is_deleted(server, c
 
 
 def test_raw_bytes_come_in_ranges_over_a_wide_gap(server, connection):
-    lines = [record(4, 0, b"\0\0"), record(0, 0, b"begin"), record(4, 0, b"\x0c\0"), record(0, 0, b"end")]
+    lines = [
+        record(4, 0, b"\0\0"),
+        record(0, 0, b"begin"),
+        record(4, 0, b"\x0c\0"),
+        record(0, 0, b"end"),
+    ]
     image_id = connection.stored("".join([*lines, END]).encode())
     path = f"/image/{image_id}/binary?format=bin"
     total = 0x0C000003
     status, headers, _ = connection.ask("HEAD", path)
     assert headers["Content-Length"] == str(total)
     before = memory()
-    for first, expected in ((0, b"begin\xff"), (100 * MIB, b"\xff" * 6), (total - 6, b"\xff\xff\xffend")):
+    for first, expected in (
+        (0, b"begin\xff"),
+        (100 * MIB, b"\xff" * 6),
+        (total - 6, b"\xff\xff\xffend"),
+    ):
         assert connection.ask("GET", path, Range=f"bytes={first}-{first + 5}")[2] == expected
     connection.request("GET", path, headers=connection.headers)
     response, size = connection.getresponse(), 0
@@ -2501,10 +2641,14 @@ def test_uploads_that_race_store_one_binary_whole(rivals, tmp_path):
         with contextlib.closing(Connection(rivals)) as connection:
             image_id = connection.create()
             path = f"/image/{image_id}/binary"
-            answers = race(rivals, *(lambda c, body=body: c.ask("PUT", path, body)[0] for body in contents))
+            answers = race(
+                rivals, *(lambda c, body=body: c.ask("PUT", path, body)[0] for body in contents)
+            )
             assert sorted(answers) == [200, 409, 409, 409]
             assert connection.ask("GET", path)[2] == contents[answers.index(200)]
-            assert set(race(rivals, *[lambda c: c.ask("PUT", path, contents[answers.index(200)])[0]] * 3)) == {200}
+            assert set(
+                race(rivals, *[lambda c: c.ask("PUT", path, contents[answers.index(200)])[0]] * 3)
+            ) == {200}
             files = sorted(path.name for path in (tmp_path / "data" / "binaries").iterdir())
             assert files.count(f"{image_id}.hex") == 1
     assert not list((tmp_path / "data" / "tmp").iterdir())
@@ -2545,10 +2689,13 @@ def test_creations_over_processes_keep_their_order(rivals):
 # ------------------------------------------------------------------------------------- what fails on the way
 
 
-
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-@pytest.mark.parametrize("name", ["tempfile.mkstemp", "os.fsync", "os.replace", "os.open", "io.write"])
-def test_upload_whose_system_calls_fail_leaves_nothing_behind(client, app, monkeypatch, name, number):
+@pytest.mark.parametrize(
+    "name", ["tempfile.mkstemp", "os.fsync", "os.replace", "os.open", "io.write"]
+)
+def test_upload_whose_system_calls_fail_leaves_nothing_behind(
+    client, app, monkeypatch, name, number
+):
     """Each call of the upload fails in turn: first the first, then the second, ..."""
     content = firmware(3000)[0]
     module, _, function = name.partition(".")
@@ -2580,9 +2727,15 @@ def test_upload_whose_system_calls_fail_leaves_nothing_behind(client, app, monke
 
 @pytest.mark.parametrize("trouble, status", [("full", 507), ("locked", 503), ("damaged", 500)])
 @pytest.mark.parametrize("moment", ["BEGIN", "UPDATE", "COMMIT"])
-def test_upload_that_cannot_be_recorded_leaves_nothing_behind(client, app, monkeypatch, trouble, status, moment):
+def test_upload_that_cannot_be_recorded_leaves_nothing_behind(
+    client, app, monkeypatch, trouble, status, moment
+):
     image_id = client.create()
-    words = {"full": "database or disk is full", "locked": "database is locked", "damaged": "malformed"}
+    words = {
+        "full": "database or disk is full",
+        "locked": "database is locked",
+        "damaged": "malformed",
+    }
     opened = Catalogue._open
 
     class Failing:
@@ -2615,7 +2768,9 @@ def test_catalogue_locked_by_another_process_is_503_and_then_works(client, app, 
     while app.catalogue._idle:
         app.catalogue._idle.pop().close()
     image_id = client.stored()
-    with contextlib.closing(sqlite3.connect(app.settings.data / "image_manager.db", isolation_level=None)) as other:
+    with contextlib.closing(
+        sqlite3.connect(app.settings.data / "image_manager.db", isolation_level=None)
+    ) as other:
         other.execute("BEGIN IMMEDIATE")
         response = client.post_json("/image", {"label": "a", "fw_version": "1"}, status=503)
         error(response, 503, "The catalogue is busy: try again")
@@ -2624,7 +2779,9 @@ def test_catalogue_locked_by_another_process_is_503_and_then_works(client, app, 
     client.delete(f"/image/{image_id}")
 
 
-def test_deletion_that_cannot_remove_the_file_leaves_no_row_and_the_next_start_sweeps(client, app, monkeypatch):
+def test_deletion_that_cannot_remove_the_file_leaves_no_row_and_the_next_start_sweeps(
+    client, app, monkeypatch
+):
     image_id = client.stored()
 
     def fails(*_, **__):
@@ -2672,8 +2829,14 @@ def test_answers_come_after_the_disk(client, app, monkeypatch):
 def left_over():
     """Return this process's threads and open files, which must be as they were."""
     files = Path("/proc/self/fd")
-    names = sorted(os.readlink(path) for path in files.iterdir() if path.exists()) if files.exists() else []
-    return {thread.name for thread in threading.enumerate()}, [n for n in names if "/proc/" not in n]
+    names = (
+        sorted(os.readlink(path) for path in files.iterdir() if path.exists())
+        if files.exists()
+        else []
+    )
+    return {thread.name for thread in threading.enumerate()}, [
+        n for n in names if "/proc/" not in n
+    ]
 
 
 @pytest.mark.parametrize("raises", [False, True])
@@ -2704,7 +2867,10 @@ def test_running_ends_though_an_upload_is_in_flight(tmp_path):
 
 
 def test_servers_side_by_side_stay_apart(tmp_path):
-    with running(Settings(data=tmp_path / "a")) as one, running(Settings(data=tmp_path / "b")) as two:
+    with (
+        running(Settings(data=tmp_path / "a")) as one,
+        running(Settings(data=tmp_path / "b")) as two,
+    ):
         with contextlib.closing(Connection(one)) as a, contextlib.closing(Connection(two)) as b:
             a.create()
             assert json.loads(b.ask("GET", "/image")[2]) == []
@@ -2713,7 +2879,10 @@ def test_servers_side_by_side_stay_apart(tmp_path):
 
 def test_second_service_on_a_folder_is_refused(tmp_path):
     with running(Settings(data=tmp_path)):
-        with pytest.raises(CannotStart, match="Another service uses"), running(Settings(data=tmp_path)):
+        with (
+            pytest.raises(CannotStart, match="Another service uses"),
+            running(Settings(data=tmp_path)),
+        ):
             pass
         with contextlib.closing(create_app(Settings(data=tmp_path))):
             pass  # which takes no lock
@@ -2724,7 +2893,10 @@ def test_second_service_on_a_folder_is_refused(tmp_path):
 def test_running_takes_scopes_and_a_given_port(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(CannotStart, match="Cannot listen"), running(Settings(data=tmp_path, port=port)):
+        with (
+            pytest.raises(CannotStart, match="Cannot listen"),
+            running(Settings(data=tmp_path, port=port)),
+        ):
             pass
     with running(Settings(data=tmp_path, port=port, url_prefix="/fw")) as server:
         assert server.url == f"http://127.0.0.1:{port}/fw"
@@ -2745,8 +2917,15 @@ def test_other_addresses_can_be_listened_on(tmp_path, host):
 
 def test_importing_starts_nothing_and_touches_nothing(tmp_path):
     code = "import threading, logging, image_manager; print(threading.active_count(), logging.getLogger().handlers)"
-    environ = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1", "IMAGE_MANAGER_PORT": "x"}
-    assert run(sys.executable, "-c", code, cwd=tmp_path, env=environ, check=True).stdout.split() == [b"1", b"[]"]
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(HERE),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "IMAGE_MANAGER_PORT": "x",
+    }
+    assert run(
+        sys.executable, "-c", code, cwd=tmp_path, env=environ, check=True
+    ).stdout.split() == [b"1", b"[]"]
     assert not list(tmp_path.iterdir())
 
 
@@ -2761,7 +2940,14 @@ def test_application_works_under_another_server(app):
     with wsgiref.simple_server.make_server("127.0.0.1", 0, app, handler_class=Quiet) as other:
         thread = threading.Thread(target=other.serve_forever)
         thread.start()
-        server = type("Other", (), {"url": f"http://127.0.0.1:{other.server_port}", "token": lambda _, s: app.tokens.issue(s)})()
+        server = type(
+            "Other",
+            (),
+            {
+                "url": f"http://127.0.0.1:{other.server_port}",
+                "token": lambda _, s: app.tokens.issue(s),
+            },
+        )()
         try:
             with contextlib.closing(Connection(server)) as connection:
                 image_id = connection.stored(content)
@@ -2786,7 +2972,16 @@ class Service:
     """A process that serves."""
 
     def __init__(self, data, *options, environ=None):
-        command = [sys.executable, str(PROGRAM), "serve", "--data", str(data), "--port", "0", *options]
+        command = [
+            sys.executable,
+            str(PROGRAM),
+            "serve",
+            "--data",
+            str(data),
+            "--port",
+            "0",
+            *options,
+        ]
         self.data, self.lines = Path(data), []
         # Without buffers of pipes to fill: the log is read all the time.
         self.process = subprocess.Popen(
@@ -2863,7 +3058,9 @@ def test_first_start_makes_all_and_says_where_and_how(tmp_path):
         printed = run(sys.executable, *shlex.split(line), check=True, text=True).stdout
         assert printed.count("\n") == 1
         with contextlib.closing(Connection(server)) as connection:
-            assert connection.ask("GET", "/image", Authorization=f"Bearer {printed.strip()}")[0] == 200
+            assert (
+                connection.ask("GET", "/image", Authorization=f"Bearer {printed.strip()}")[0] == 200
+            )
     names = {path.name for path in (tmp_path / "new" / "data").iterdir()}
     assert names == {"binaries", "tmp", "image_manager.db", "secret.key", "service.lock"}
 
@@ -2873,14 +3070,25 @@ def test_what_cannot_start_says_so_in_one_sentence(tmp_path):
     one_sentence(command("serve", "--data", tmp_path / "file"), "Cannot write in", "--data")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "image_manager.db").write_bytes(b"no database" * 100)
-    one_sentence(command("serve", "--data", tmp_path / "bad", "--port", "0"), "restore it from a backup")
+    one_sentence(
+        command("serve", "--data", tmp_path / "bad", "--port", "0"), "restore it from a backup"
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        one_sentence(command("serve", "--data", tmp_path / "a", "--port", port), f"port {port}", "--port")
+        one_sentence(
+            command("serve", "--data", tmp_path / "a", "--port", port), f"port {port}", "--port"
+        )
     one_sentence(command("serve", "--host", "no.such.host.invalid"), "Cannot listen", "--host")
     with service(tmp_path / "used"):
-        one_sentence(command("serve", "--data", tmp_path / "used", "--port", "0"), "Another service uses")
-    one_sentence(command("serve", "--jwt-public-key", tmp_path / "none", "--data", tmp_path / "k", "--port", "0"), "jwt-public-key")
+        one_sentence(
+            command("serve", "--data", tmp_path / "used", "--port", "0"), "Another service uses"
+        )
+    one_sentence(
+        command(
+            "serve", "--jwt-public-key", tmp_path / "none", "--data", tmp_path / "k", "--port", "0"
+        ),
+        "jwt-public-key",
+    )
 
 
 @pytest.mark.parametrize(
@@ -2904,9 +3112,13 @@ def test_bad_options_are_told_what_is_allowed(words, said):
     one_sentence(command(*words), said)
 
 
-@pytest.mark.parametrize("name, value", [("PORT", "x"), ("MAX_UPLOAD", "big"), ("REQUIRE_INTEL_HEX", "maybe")])
+@pytest.mark.parametrize(
+    "name, value", [("PORT", "x"), ("MAX_UPLOAD", "big"), ("REQUIRE_INTEL_HEX", "maybe")]
+)
 def test_bad_environment_is_told_what_is_allowed(name, value):
-    one_sentence(command("serve", environ={f"IMAGE_MANAGER_{name}": value}), f"IMAGE_MANAGER_{name} takes")
+    one_sentence(
+        command("serve", environ={f"IMAGE_MANAGER_{name}": value}), f"IMAGE_MANAGER_{name} takes"
+    )
 
 
 def test_environment_sets_options_and_the_command_line_wins(tmp_path):
@@ -2939,7 +3151,9 @@ def test_token_prints_a_token_and_nothing_else(tmp_path):
     assert claims["service"] == "admin" and "scope" not in claims
     assert abs(claims["exp"] - time.time() - 30 * 86400) < 60
     options = ["--service", "lab", "--scope", "read,write", "--expires", "12h"]
-    claims = jwt.decode(command("token", "--data", tmp_path, *options)[1].strip(), secret, ["HS256"])
+    claims = jwt.decode(
+        command("token", "--data", tmp_path, *options)[1].strip(), secret, ["HS256"]
+    )
     assert (claims["service"], claims["scope"]) == ("lab", "image:read image:write")
     assert abs(claims["exp"] - time.time() - 12 * 3600) < 60
     never = command("token", "--data", tmp_path, "--expires", "never")[1].strip()
@@ -2967,7 +3181,9 @@ def test_platform_without_fork_serves_with_one_worker_only(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_term_lets_requests_in_flight_finish_and_idle_connections_are_no_hindrance(tmp_path, workers):
+def test_term_lets_requests_in_flight_finish_and_idle_connections_are_no_hindrance(
+    tmp_path, workers
+):
     server = Service(tmp_path, "--workers", str(workers))
     content = random.Random(7).randbytes(8 * MIB)
     try:
@@ -3008,10 +3224,17 @@ def test_lost_catalogue_stops_the_start_and_nothing_is_swept(tmp_path):
     shutil.copy(database, kept)
     with service(tmp_path / "other"):
         pass
-    for replace in (database.unlink, lambda: database.write_bytes(b""), lambda: shutil.copy(tmp_path / "other" / "image_manager.db", database)):
+    for replace in (
+        database.unlink,
+        lambda: database.write_bytes(b""),
+        lambda: shutil.copy(tmp_path / "other" / "image_manager.db", database),
+    ):
         replace()
         for _ in range(2):
-            one_sentence(command("serve", "--data", tmp_path / "data", "--port", "0"), "restore image_manager.db")
+            one_sentence(
+                command("serve", "--data", tmp_path / "data", "--port", "0"),
+                "restore image_manager.db",
+            )
         assert (tmp_path / "data" / "binaries" / f"{image_id}.hex").read_bytes() == b"precious"
     shutil.copy(kept, database)
     with service(tmp_path / "data") as server, contextlib.closing(Connection(server)) as connection:
@@ -3054,10 +3277,15 @@ def test_bodies_are_spooled_in_the_folder_and_memory_stays_where_it_was(tmp_path
         for number in range(200):
             connection.send(block)
             if number == 100:
-                links = [os.readlink(path) for path in Path(f"/proc/{server.process.pid}/fd").iterdir()]
+                links = [
+                    os.readlink(path) for path in Path(f"/proc/{server.process.pid}/fd").iterdir()
+                ]
                 assert any(str(tmp_path / "tmp") in link for link in links)
             peak = max(peak, memory(server.process.pid))
-        assert connection.getresponse().read() == json.dumps({"image": image_id, "message": "image uploaded"}).encode()
+        assert (
+            connection.getresponse().read()
+            == json.dumps({"image": image_id, "message": "image uploaded"}).encode()
+        )
         peak = max(peak, memory(server.process.pid))
         connection.request("GET", f"/image/{image_id}/binary", headers=connection.headers)
         response, digest = connection.getresponse(), hashlib.sha256()
@@ -3127,7 +3355,9 @@ def test_kill_at_any_moment_loses_nothing_that_was_acknowledged(tmp_path, worker
             thread.join()
         server.end()
         with service(tmp_path) as again, contextlib.closing(Connection(again)) as connection:
-            listed = {i["id"]: i for i in json.loads(connection.ask("GET", "/image?confirmed=true")[2])}
+            listed = {
+                i["id"]: i for i in json.loads(connection.ask("GET", "/image?confirmed=true")[2])
+            }
             for image_id, digest in stored.items():
                 if image_id in deleted:
                     assert image_id not in listed
@@ -3198,7 +3428,11 @@ def shelf(tmp_path):
 
 def test_verify_is_satisfied_with_a_sound_store_in_use_and_changes_nothing(shelf):
     server, _, _ = shelf
-    before = {path: path.stat().st_mtime_ns for path in server.data.rglob("*") if path.is_file() and path.suffix != ".db-shm"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in server.data.rglob("*")
+        if path.is_file() and path.suffix != ".db-shm"
+    }
     assert command("verify", "--data", server.data) == (0, "3 binaries checked, 0 faults\n", "")
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -3234,7 +3468,12 @@ def flip(path):
 def test_verify_shows_its_progress_on_a_terminal(shelf):
     server, _, _ = shelf
     main, terminal = os.openpty()
-    done = subprocess.run([sys.executable, PROGRAM, "verify", "--data", server.data], stderr=terminal, stdout=subprocess.PIPE, timeout=30)
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "verify", "--data", server.data],
+        stderr=terminal,
+        stdout=subprocess.PIPE,
+        timeout=30,
+    )
     os.close(terminal)
     assert b"3 of 3" in os.read(main, 10_000) and done.returncode == 0
     os.close(main)
@@ -3257,7 +3496,10 @@ def test_backup_of_a_store_in_use_is_complete_and_can_be_served(shelf, tmp_path)
     thread.join()
     assert status == 0 and err == "" and " 0 faults" in out
     token = connection.headers
-    with service(tmp_path / "copy") as copy, contextlib.closing(Connection(copy, service=None)) as reader:
+    with (
+        service(tmp_path / "copy") as copy,
+        contextlib.closing(Connection(copy, service=None)) as reader,
+    ):
         assert not [line for line in copy.lines if "left over" in line]
         for image_id, content in contents.items():
             assert reader.ask("GET", f"/image/{image_id}/binary", **token)[2] == content
@@ -3275,3 +3517,196 @@ def test_backup_tells_of_damage_and_copies_the_rest(shelf, tmp_path):
     assert status == 1 and image_id in out and "3 binaries copied, 1 faults" in out
     for other in list(contents)[1:]:
         assert (tmp_path / "copy" / "binaries" / f"{other}.hex").read_bytes() == contents[other]
+
+
+# ------------------------------------------------------------------------------------- what is written
+
+README = (HERE / "README.md").read_text()
+
+
+def blocks(language, text=README):
+    """Return the fenced blocks of a language in the README."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """A folder with nothing but the program, served by the README's first command."""
+    folder = tmp_path_factory.mktemp("fresh")
+    shutil.copy(PROGRAM, folder)
+    start = (
+        blocks("sh")[0].rpartition("&&")[2].replace(".venv/bin/python", shlex.quote(sys.executable))
+    )
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", "exec " + start],
+            cwd=folder,
+            stderr=log,
+            env={**os.environ, "IMAGE_MANAGER_PORT": "0"},
+        )
+    wait_until(lambda: "get a token with" in (folder / "log").read_text())
+    url = re.search(r"listening on (\S+)", (folder / "log").read_text())[1]
+    yield folder, url
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+def bash(fresh, script):
+    """Run lines of the README where the service of that folder is the one on port 8000."""
+    folder, url = fresh
+    script = script.replace("http://127.0.0.1:8000", url)
+    script = script.replace(".venv/bin/python", shlex.quote(sys.executable))
+    done = run("bash", "-euo", "pipefail", "-c", script, cwd=folder, text=True)
+    assert done.returncode == 0, (script, done.stdout, done.stderr)
+    return done.stdout
+
+
+def test_readme_every_command_works_as_pasted(fresh):
+    if not shutil.which("curl") or b"--json" not in run("curl", "--help", "all").stdout:
+        pytest.skip("needs curl 7.82")
+    scripts = [block for block in blocks("sh") if "pip install" not in block]
+    if not shutil.which("wget"):
+        scripts = [re.sub("^wget.*\n", "", block, flags=re.MULTILINE) for block in scripts]
+    out = bash(fresh, "\n".join(scripts))
+    assert '"message": "image uploaded"' in out and '"result": "ok"' in out
+    folder, _ = fresh
+    firmware_hex = (folder / "firmware.hex").read_bytes()
+    names = ("copy.hex", "fw.hex", *(["fw-too.hex"] if shutil.which("wget") else []))
+    assert [(folder / name).read_bytes() for name in names] == [firmware_hex] * len(names)
+    assert (folder / "fw.bin").read_bytes() == b"\1\2\3\4"
+    assert (folder / "window.bin").read_bytes() == b"\1\2\3\4" + bytes(12)
+
+
+def test_readme_python_script_works(fresh):
+    folder, url = fresh
+    (folder / "firmware.hex").write_bytes(firmware()[0])
+    token = bash(fresh, ".venv/bin/python image_manager.py token").strip()
+    script = next(block for block in blocks("python") if "urllib.request" in block)
+    environ = {**os.environ, "URL": url, "TOKEN": token}
+    done = run(sys.executable, "-c", script, cwd=folder, env=environ, text=True)
+    assert done.stdout == "image uploaded\n", done.stderr
+
+
+def test_readme_fixture_works(tmp_path):
+    fixture = next(block for block in blocks("python") if "pytest.fixture" in block)
+    test = "\n\ndef test_it(firmware_store):\n    import urllib.request\n"
+    test += "    assert urllib.request.urlopen(firmware_store.url + '/health').status == 200\n"
+    test += "    assert firmware_store.token(service='admin', scope=['read'])\n"
+    (tmp_path / "test_rig.py").write_text(fixture + test)
+    environ = {**os.environ, "PYTHONPATH": str(HERE)}
+    done = run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        cwd=tmp_path,
+        env=environ,
+        text=True,
+    )
+    assert "1 passed" in done.stdout, done.stdout
+
+
+def test_readme_nginx_serves_a_fleet_from_one_fetch(tmp_path):
+    nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if not nginx:
+        pytest.skip("needs nginx")
+    content = random.Random(10).randbytes(2_500_000)
+    with service(tmp_path / "data") as server, socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        text = blocks("nginx")[0].replace("/var/cache/nginx", str(tmp_path / "cache"))
+        text = text.replace("http://127.0.0.1:8000", server.url).replace(
+            "listen 8080", f"listen 127.0.0.1:{port}"
+        )
+        (tmp_path / "cache").mkdir()
+        os.chmod(tmp_path / "cache", 0o777)
+        for parent in tmp_path.parents[:2]:
+            os.chmod(parent, 0o755)
+        os.chmod(tmp_path, 0o755)
+        options = f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error.log; user {os.environ.get('USER', 'root')};"
+        (tmp_path / "nginx.conf").write_text(text)
+        front = subprocess.Popen(
+            [nginx, "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-g", options],
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+            near = type(
+                "Near",
+                (),
+                {"url": f"http://127.0.0.1:{port}", "token": lambda _, s: server.token(s)},
+            )()
+            with contextlib.closing(Connection(near)) as connection:
+                image_id = connection.stored(content)  # uploads pass through
+                link = urllib.parse.urlsplit(connection.link(image_id))
+                assert link.netloc == "127.0.0.1:%d" % port or link.netloc == "127.0.0.1"
+                assert connection.ask("GET", f"/image/{image_id}/binary")[2] == content
+            path = f"{link.path}?{link.query}"
+            with contextlib.closing(Connection(near, service=None)) as device:
+                assert device.ask("GET", path)[2] == content
+                gone = server.process.send_signal
+                gone(signal.SIGSTOP)  # from here on nginx is alone
+                try:
+                    assert device.ask("GET", path)[2] == content
+                    status, headers, body = device.ask("GET", path, Range="bytes=1000000-1100000")
+                    assert status == 206 and body == content[1000000:1100001]
+                    assert headers["Content-Range"] == "bytes 1000000-1100000/2500000"
+                finally:
+                    gone(signal.SIGCONT)
+                assert device.ask("GET", path[:-1] + ("A" if path[-1] != "A" else "B"))[0] == 401
+        finally:
+            front.terminate()
+            front.wait(10)
+
+
+def test_readme_lists_every_route_and_setting():
+    rows = {
+        tuple(re.sub(r"\?.*", "", row[0]).split()) + (row[1],)
+        for row in re.findall(r"^\| `(.*?)` \| (\w+) \|", README, re.MULTILINE)
+    }
+    expected = {
+        (
+            route.method,
+            re.sub("<(.*?)>", r"{\1}", route.path),
+            route.right.removeprefix("image:") or "none",
+        )
+        for route in ROUTES
+    }
+    assert rows == expected
+    named = set(
+        re.findall(r"^\| (?:`--[\w-]+`)? ?\| `(IMAGE_MANAGER_\w+)` \|", README, re.MULTILINE)
+    )
+    fields = {
+        "IMAGE_MANAGER_" + field.name.upper()
+        for field in image_manager.dataclasses.fields(Settings)
+    }
+    assert named == fields
+    assert set(re.findall(r"IMAGE_MANAGER_\w+", README)) <= fields
+
+
+def test_readme_names_tests_that_are_there():
+    table = README.partition("## What it promises")[2]
+    names = re.findall(r"`(test_\w+)`", table)
+    assert len(names) > 20 and all(callable(globals().get(name)) for name in names)
+
+
+def test_requirements_are_those_of_the_program_and_of_the_tests():
+    listed = re.findall(r"^(\w[^#\n]*?)\s*$", (HERE / "requirements.txt").read_text(), re.MULTILINE)
+    metadata = re.search(
+        r"^# dependencies = \[\n(.*?)^# \]$", PROGRAM.read_text(), re.MULTILINE | re.DOTALL
+    )
+    needed = re.findall('"(.*?)"', metadata[1])
+    assert needed == listed[: len(needed)]
+    assert {re.split("[<>=]", name)[0] for name in listed[len(needed) :]} == {"pytest", "webtest"}
+
+
+def test_top_level_holds_five_entries_beside_dot_files():
+    if not (HERE / ".git").exists():
+        pytest.skip("not a checkout")
+    names = run("git", "ls-files", cwd=HERE, text=True).stdout.split()
+    assert {name.partition("/")[0] for name in names if not name.startswith(".")} == {
+        "README.md", "data", "image_manager.py", "requirements.txt", "test_image_manager.py",
+    }  # fmt: skip
+    assert [name for name in names if name.startswith("data/")] == ["data/.gitignore"]
