@@ -1981,7 +1981,7 @@ class Application:
 
 TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
 TIME = {**TEXT, "format": "date-time"}
-NAMES = dict.fromkeys(LABELS, {**TEXT, "minLength": 1, "maxLength": 128})
+NAMES = {name: {**TEXT, "minLength": 1, "maxLength": 128} for name in LABELS}
 
 
 def schema(required: dict[str, Any], **others: Any) -> dict[str, Any]:

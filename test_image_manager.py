@@ -55,7 +55,6 @@ from image_manager import (
     Extent,
     HexFault,
     HexReader,
-    Parser,
     Settings,
     Tokens,
     Unauthorised,
@@ -606,7 +605,7 @@ def test_hex_fault_names_its_line_and_says_what_is_wrong(content, fault, around)
         read_hex(content.encode())
 
 
-@pytest.mark.parametrize("place", range(0, 60))
+@pytest.mark.parametrize("place", range(60))
 def test_hex_with_one_wrong_character_anywhere_is_a_fault(place):
     content = bytearray(("".join([GOOD * 3, record(4, 0, b"\x10\0"), END])).encode())
     content[place] ^= 0x01
@@ -1735,7 +1734,7 @@ def test_damaged_binary_is_500_naming_the_image_and_the_same_bytes_mend_it(
         path.unlink()
     query = "?format=bin" if suffix == ".bin" else ""
     for call in (client.get, client.head):
-        response = call(f"/image/{image_id}/binary{query}", status=500)
+        call(f"/image/{image_id}/binary{query}", status=500)
     assert image_id in client.get(f"/image/{image_id}/binary{query}", status=500).json["message"]
     assert client.get(f"/image/{other}/binary").body == content
     error(client.put(f"/image/{image_id}/binary", b"x", status=409), 409, "Binary already exists")
@@ -2020,11 +2019,14 @@ def test_connection_stays_open_after_every_answer(server, connection):
         ("/image", {"Authorization": "Bearer x"}, 401),
     ]
     for path, headers, status in asked:
-        answered, sent, body = connection.ask("GET", path, **headers)
+        answered, sent, _ = connection.ask("GET", path, **headers)
         assert answered == status and "Transfer-Encoding" not in sent
         assert ("Content-Length" in sent) == (status not in (204, 304))
+        assert connection.sock.getsockname() == local, (path, status)
         assert connection.ask("HEAD", path, **headers)[0] in (status, 200)
-    assert connection.ask("PUT", "/none", b"x")[0] == 404 or connection.sock is None
+        assert connection.sock.getsockname() == local, (path, status)
+    assert connection.ask("DELETE", f"/image/{image_id}")[0] == 200
+    assert connection.sock.getsockname() == local
 
 
 def test_http_1_0_is_spoken(server, connection):
@@ -3318,7 +3320,7 @@ def test_file_that_the_disk_does_not_take_is_507_and_the_service_goes_on(tmp_pat
             connection.close()
             assert connection.ask("PUT", f"/image/{image_id}/binary", b"x" * 500_000)[0] == 200
             assert connection.ask("GET", f"/image/{image_id}/binary")[2] == b"x" * 500_000
-        assert not [p for p in (tmp_path / "tmp").iterdir()]
+        assert not list((tmp_path / "tmp").iterdir())
     finally:
         assert server.end() == 0
 
