@@ -2503,7 +2503,7 @@ def sweep(application: Application) -> None:
         remedy = "restore image_manager.db from a backup, or move the binaries away"
         raise CannotStart(f"{binaries.folder} holds binaries no catalogue knows of: {remedy}")
     left = [binaries.folder / name for name in present - file_names(catalogue.confirmed())]
-    for path in itertools.chain(left, binaries.uploads.iterdir()):
+    for path in filter(Path.is_file, itertools.chain(left, binaries.uploads.iterdir())):
         log.info("removing %s, which was left over", path)
         path.unlink()
 

@@ -133,6 +133,21 @@ class Client(TestApp):
     def delete(self, url, headers=None, **others):
         return super().delete(url, headers=headers, **others)
 
+    def do_request(self, request, *others, **named):
+        """Make a request; its answer must be one that /openapi.json describes."""
+        application = self.app.application
+        paths = image_manager.describe_api(application.settings.url_prefix)["paths"]
+        asked = request.path.removeprefix(application.settings.url_prefix).rstrip("/")
+        response = super().do_request(request, *others, **named)
+        method = "get" if request.method == "HEAD" else request.method.lower()
+        for path in sorted(paths, key=lambda path: "{" in path):
+            if re.fullmatch(re.sub("{.*?}", "[^/]+", path), asked) and method in paths[path]:
+                described = paths[path][method]["responses"][str(response.status_int)]
+                kinds = described.get("content", {response.content_type: None})
+                assert response.content_type in kinds or response.status_int in (204, 304)
+                break
+        return response
+
     def as_(self, service="admin", *rights):
         token = self.app.application.tokens.issue(service, [f"image:{right}" for right in rights])
         self.authorization = ("Bearer", token)
@@ -2915,6 +2930,37 @@ def test_other_addresses_can_be_listened_on(tmp_path, host):
             assert urllib.request.urlopen(server.url + "/health").status == 200
     except CannotStart:
         pytest.skip(f"no {host} here")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="is the platform where nothing has to be missing")
+def test_calls_that_windows_does_not_have_are_not_needed(tmp_path, monkeypatch):
+    opened = os.open
+
+    def no_folders(path, *others, **named):
+        if os.path.isdir(path):
+            raise PermissionError
+        return opened(path, *others, **named)
+
+    def no_links(*_):
+        raise PermissionError
+
+    for name in ("pread", "fork", "openpty"):
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.delattr(signal, "pthread_sigmask")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(os, "open", no_folders)
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(image_manager.selectors, "DefaultSelector", image_manager.selectors.SelectSelector)
+    content, data = firmware(200_000)
+    with running(Settings(data=tmp_path)) as server, contextlib.closing(Connection(server)) as connection:
+        image_id = connection.stored(content)
+        path = f"/image/{image_id}/binary"
+        assert connection.ask("GET", path)[2] == content
+        assert connection.ask("GET", path, Range="bytes=100-109")[2] == content[100:110]
+        assert connection.ask("GET", path + "?format=bin")[2] == data
+        assert connection.ask("DELETE", path)[0] == 200
+    assert image_manager.main(["verify", "--data", str(tmp_path)]) == 0
 
 
 def test_importing_starts_nothing_and_touches_nothing(tmp_path):
