@@ -540,6 +540,9 @@ MOST_PIECES = 1 << 17  # of data that do not join on; each takes some 150 bytes 
 MOST_WARNINGS = 20  # of a kind
 
 
+BLANK_LINES = re.compile(b"(?:\r?\n)+")
+
+
 class HexFault(Exception):
     """The first fault of a file: its line, and what is wrong with it."""
 
@@ -638,11 +641,15 @@ class HexReader:
     def _take(self, text: bytes) -> bytes:
         """Take whole lines: all at once where no fault is in them, else one by one."""
         newline = b"\r\n" if text.endswith(b"\r") else b"\n"
-        if text.startswith(b":") and not self._ended:
-            records = check_together(text[1:].removesuffix(b"\r").split(newline + b":"))
-            if records:
-                self._line += len(records)
-                return self._place(records)
+        filled = text.removesuffix(b"\r")
+        if b"\n\n" in text or b"\n\r\n" in text or text[:1] in b"\r\n":
+            filled = BLANK_LINES.sub(newline, b"\n" + text + b"\n")[len(newline) : -len(newline)]
+        records = []
+        if filled.startswith(b":") and not self._ended:
+            records = check_together(filled[1:].split(newline + b":"))
+        if records or not filled:
+            self._line += text.count(b"\n") + 1
+            return self._place(records)
         return b"".join(self._place([self._check(line)]) for line in text.split(b"\n"))
 
     def _check(self, line: bytes) -> bytes:
@@ -851,7 +858,7 @@ IMAGE_JSON = f"""CASE
     ELSE json_object({_ALWAYS} json('false'), 'updated', updated) END"""
 WITH_REPORT = f"""CASE WHEN report IS NULL THEN {IMAGE_JSON}
     ELSE rtrim({IMAGE_JSON}, '}}') || ',"hex":' || report || '}}' END"""
-COLUMNS = "id, tenant, fw_version, confirmed, size, sha256, stored, segments, updated"
+COLUMNS = "id, tenant, confirmed, size, sha256, stored, report IS NOT NULL, updated"
 
 ONE = "FROM image WHERE id = :id AND tenant = :tenant"
 LATEST = f"""SELECT fw_version, precedence, {IMAGE_JSON} FROM image
@@ -883,12 +890,11 @@ class Image(NamedTuple):
 
     id: str
     tenant: str
-    fw_version: str
     confirmed: int
     size: int
     sha256: str
     stored: str
-    segments: str | None
+    is_hex: int  # and sound
     updated: str
 
 
@@ -943,6 +949,8 @@ class Catalogue:
         )
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
+        # Pages of 4 KiB: the write-ahead log must fit RESERVE, or deleting would have no room.
+        connection.execute("PRAGMA wal_autocheckpoint = 200")
         return connection
 
     @contextlib.contextmanager
@@ -1009,6 +1017,11 @@ class Catalogue:
     def get_json(self, tenant: str, image_id: str) -> str:
         """Return the image object, with the layout of its Intel HEX if it has one."""
         return str(self._image_row(WITH_REPORT, tenant, image_id)[0])
+
+    def segments(self, image: Image) -> list[tuple[int, int]]:
+        """Return (address, size) of the data of sound Intel HEX; nothing for any other file."""
+        row = self._row(f"SELECT segments {ONE}", id=image.id, tenant=image.tenant)
+        return parse_segments(row[0]) if row and row[0] else []
 
     def tenant(self, image_id: str) -> str:
         """Return whose image it is; for signed links alone, which name no tenant."""
@@ -1119,6 +1132,11 @@ class Catalogue:
         """Write a consistent copy, while the catalogue is in use."""
         with self._connection() as connection, contextlib.closing(sqlite3.connect(path)) as copy:
             connection.backup(copy)
+
+
+@functools.lru_cache(maxsize=16)
+def parse_segments(text: str) -> list[tuple[int, int]]:
+    return [(address, size) for address, size in json.loads(text)]
 
 
 def now_text() -> str:
@@ -1260,6 +1278,8 @@ class Upload:
             file.close()
         report = json.dumps(layout.report()) if layout else None
         segments = json.dumps(layout.segments()) if layout else None
+        # The catalogue needs it in its log and in its table.
+        require_space(self._folder, 3 * (len(report or "") + len(segments or "")))
         return Binary(self._size, self._hash.hexdigest(), report, segments)
 
     def _put_in_order(self, extents: list[Extent]) -> None:
@@ -1293,12 +1313,13 @@ class Upload:
 class BinaryStore:
     """The binaries as files, whole or not at all, named by the image's id."""
 
-    def __init__(self, folder: Path) -> None:
-        """Make the folders unless they are there; raises CannotStart."""
+    def __init__(self, folder: Path, make: bool = True) -> None:
+        """Make the folders unless they are there, if `make`; raises CannotStart."""
         self.folder, self.uploads = folder / "binaries", folder / "tmp"
-        make_folder(self.folder)
-        make_folder(self.uploads)
-        sync_folder(folder)
+        if make:
+            make_folder(self.folder)
+            make_folder(self.uploads)
+            sync_folder(folder)
 
     @contextlib.contextmanager
     def receive(self, limit: int, check: bool = True, require: bool = False) -> Iterator[Upload]:
@@ -1313,6 +1334,8 @@ class BinaryStore:
         """Give the files of a finished upload their names, for good."""
         for suffix in sorted(upload.paths):  # the .bin first: where a .hex is, all is
             os.replace(upload.paths[suffix], self.path(image_id, suffix))
+        if ".bin" not in upload.paths:  # that of an earlier binary, being deleted
+            self.path(image_id, ".bin").unlink(missing_ok=True)
         sync_folder(self.folder)
         upload.paths.clear()
 
@@ -1505,7 +1528,7 @@ def file_in_form(environ: Mapping[str, Any]) -> Iterator[bytes]:
     try:
         if kind != "multipart/form-data":
             raise BadRequest(FORM_WANTED)
-        parser = multipart.PushMultipartParser(options.get("boundary", ""), max_segment_count=100)
+        parser = multipart.PushMultipartParser(options.get("boundary", ""), max_segment_count=1000)
         for block in itertools.chain(body_blocks(environ), [b""]):  # b"" ends the form
             for event in parser.parse(block):
                 if isinstance(event, multipart.MultipartSegment):
@@ -1581,6 +1604,14 @@ ROUTES = (
 )  # fmt: skip
 
 
+def require_catalogue(catalogue: Catalogue, binaries: BinaryStore) -> None:
+    """Raise CannotStart where there are binaries, but there never was an image."""
+    if not catalogue.ever_used() and any(binaries.folder.iterdir()):
+        catalogue.close()
+        remedy = "restore image_manager.db from a backup, or move the binaries away"
+        raise CannotStart(f"{binaries.folder} holds binaries no catalogue knows of: {remedy}")
+
+
 def answer(
     content: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> bottle.HTTPResponse:
@@ -1611,6 +1642,7 @@ class Application:
         self.tokens = Tokens(settings, settings.jwt_secret or load_secret(settings.data))
         self.binaries = BinaryStore(settings.data)
         self.catalogue = Catalogue(settings.data / "image_manager.db")
+        require_catalogue(self.catalogue, self.binaries)
         slow = [route.path for route in ROUTES if not route.quick]
         self._slow = {*slow, *(settings.url_prefix + path for path in slow)}
         self._bottle = bottle.Bottle()
@@ -1674,7 +1706,8 @@ class Application:
         if route.right not in caller.rights:
             raise Forbidden(route.right)
         announced = environ.get("CONTENT_LENGTH") or "0"
-        size = int(announced[:18]) if announced.isdecimal() else 0  # int() has its limit
+        # int() raises above 4,300 digits, and zeros in front are digits too.
+        size = int(announced.lstrip("0")[:18] or 0) if announced.isdecimal() else 0
         if size > self._limit(route):
             raise TooLarge(self._limit(route))
         if route.takes in ("form", "file"):
@@ -1941,7 +1974,7 @@ class Application:
         """Open the raw bytes between two addresses; raises BadRequest, Unprocessable."""
         if query.get("format") != "bin":
             raise BadRequest
-        segments = json.loads(image.segments or "[]")
+        segments = self.catalogue.segments(image)
         asked = {
             name: parse_number(query[name], 0, 0xFF if name == "fill" else 1 << 32, ADDRESS)
             for name in ("start", "end", "fill")
@@ -2134,21 +2167,26 @@ class Parser(HTTPRequestParser):
                 length = self.headers.get("CONTENT_LENGTH", "")
                 named |= {"QUERY_STRING": self.query, "CONTENT_LENGTH": length}
                 self.limit = self.application.admit(named)
-            elif self.chunked and self.application:
-                self._watch_chunks(self.application)
+            elif self.application:
+                self._watch(self.application)
         except ServiceError as error:
             self.error, self.completed = Refusal(error), True
             self.expect_continue = False  # else waitress sends 100 Continue all the same
         return len(data) if self.error else consumed  # what follows a fault is no request
 
-    def _watch_chunks(self, application: Application) -> None:
+    def _watch(self, application: Application) -> None:
+        """Check a body while it arrives: others may fill the disk, and chunks announce nothing."""
         receiver = self.body_rcv
         if len(receiver) > self.limit:
             raise TooLarge(self.limit)
-        if len(receiver.control_line) + len(receiver.trailer) > LONGEST_CONTROL:
+        if self.chunked and len(receiver.control_line) + len(receiver.trailer) > LONGEST_CONTROL:
             raise BadRequest("The line before a chunk, or the trailer, is too long")
         if len(receiver) > self.adj.inbuf_overflow:
             require_space(application.binaries.uploads)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of a spool file that the disk had no room for
+            super().close()
 
 
 class FaultTask(ErrorTask):
@@ -2241,7 +2279,7 @@ class Channel(HTTPChannel):
     def readable(self) -> bool:
         if self.unread and super().readable():
             self.received(self.unread)
-        return bool(self.linger_until or super().readable())
+        return bool(self.linger_until or (super().readable() and not self.unread))
 
     def writable(self) -> bool:
         # A thread that is sending sends for itself. With waitress's own answer poll() returns at
@@ -2496,12 +2534,9 @@ def sole_use(folder: Path) -> Iterator[None]:
 
 
 def sweep(application: Application) -> None:
-    """Remove what a crash left over; raises CannotStart where the catalogue seems to be lost."""
+    """Remove what a crash left over."""
     catalogue, binaries = application.catalogue, application.binaries
     present = set(os.listdir(binaries.folder))
-    if present and not catalogue.ever_used():
-        remedy = "restore image_manager.db from a backup, or move the binaries away"
-        raise CannotStart(f"{binaries.folder} holds binaries no catalogue knows of: {remedy}")
     left = [binaries.folder / name for name in present - file_names(catalogue.confirmed())]
     for path in filter(Path.is_file, itertools.chain(left, binaries.uploads.iterdir())):
         log.info("removing %s, which was left over", path)
@@ -2513,7 +2548,7 @@ def file_names(images: Iterable[Image]) -> set[str]:
     names = set()
     for image in images:
         names.add(image.id + ".hex")
-        if image.segments is not None:
+        if image.is_hex:
             names.add(image.id + ".bin")
     return names
 
@@ -2603,7 +2638,9 @@ def supervise(settings: Settings, listener: socket.socket, ready: Callable[[], o
         start()
     while workers:
         pid, status = os.wait()
-        began = workers.pop(pid)
+        began = workers.pop(pid, None)
+        if began is None:
+            continue  # a child of whatever program this process was before, as in containers
         if not stopping:
             log.error("worker %s ended with status %s: another takes its place", pid, status)
             time.sleep(max(0, began + 1 - time.monotonic()))  # not in a tight loop
@@ -2666,7 +2703,9 @@ def open_store(settings: Settings) -> tuple[Catalogue, BinaryStore]:
     path = settings.data / "image_manager.db"
     if not path.is_file():
         raise CannotStart(f"There is no store in {settings.data}: name its folder with --data")
-    return Catalogue(path, make=False), BinaryStore(settings.data)
+    catalogue, binaries = Catalogue(path, make=False), BinaryStore(settings.data, make=False)
+    require_catalogue(catalogue, binaries)
+    return catalogue, binaries
 
 
 def digest_of(file: io.FileIO) -> str:
@@ -2676,31 +2715,32 @@ def digest_of(file: io.FileIO) -> str:
     return found.hexdigest()
 
 
-def fault_of(image: Image, binaries: BinaryStore) -> str | None:
+def fault_of(image: Image, segments: list[tuple[int, int]], binaries: BinaryStore) -> str | None:
     """Return what is wrong with an image's files, None if nothing is."""
     remedy = "upload the same file again, or restore it from a backup"
     try:
         with binaries.open(image.id, ".hex", image.size) as file:
             if digest_of(file) != image.sha256:
                 return f"damaged: the hex file of image {image.id} has other bytes: {remedy}"
-            if image.segments is None:
+            if not image.is_hex:
                 return None
-            size = sum(size for _, size in json.loads(image.segments))
-            with binaries.open(image.id, ".bin", size) as raw:
+            with binaries.open(image.id, ".bin", sum(size for _, size in segments)) as raw:
                 file.seek(0)
-                if not holds_data_of(raw, file):
+                if not holds_data_of(raw, file, binaries.uploads):
                     return f"damaged: the bin file of image {image.id} has other bytes: {remedy}"
     except Damaged as error:
         return f"damaged or missing: {error}"
     except OSError as error:
+        if error.errno in FULL:
+            raise
         return f"unreadable: the files of image {image.id} ({error}): {remedy}"
     return None
 
 
-def holds_data_of(raw: io.FileIO, file: io.FileIO) -> bool:
+def holds_data_of(raw: io.FileIO, file: io.FileIO, scratch: Path) -> bool:
     """Tell whether a .bin file is what its .hex file says."""
     reader = HexReader()
-    with tempfile.TemporaryFile(buffering=0) as data:
+    with tempfile.TemporaryFile(buffering=0, dir=scratch) as data:
         for block in iter(functools.partial(file.read, BLOCK), b""):
             data.write(reader.feed(block))
         data.write(reader.finish())
@@ -2711,30 +2751,41 @@ def holds_data_of(raw: io.FileIO, file: io.FileIO) -> bool:
 def verify(settings: Settings) -> int:
     """Check every file against the catalogue."""
     catalogue, binaries = open_store(settings)
-    with contextlib.closing(catalogue):
+
+    def left_over() -> set[str]:
         present = set(os.listdir(binaries.folder))
+        return present - file_names(catalogue.confirmed())
+
+    with contextlib.closing(catalogue):
+        strays = left_over()
+        if strays:
+            time.sleep(1)  # a deletion under way removes the row, then the files
+            strays &= left_over()
         images = catalogue.confirmed()
-        faults = []
+        faults = {}
         for number, image in enumerate(images, 1):
             if sys.stderr.isatty():
                 print(f"\r{number} of {len(images)}", end="", file=sys.stderr, flush=True)
-            fault = fault_of(image, binaries)
-            if fault and image in catalogue.confirmed():  # else it was deleted meanwhile
-                faults.append(fault)
+            fault = fault_of(image, catalogue.segments(image), binaries)
+            if fault:
+                faults[image.id, image.stored] = fault
         if sys.stderr.isatty():
             print(file=sys.stderr)
-        known = file_names([*images, *catalogue.confirmed()])
-        remedy = "no image has it; the next start of the service removes it"
-        faults += [f"left over: {binaries.folder / name}: {remedy}" for name in present - known]
-    print(*faults, f"{len(images)} binaries checked, {len(faults)} faults", sep="\n")
-    return 1 if faults else 0
+        still = {(image.id, image.stored) for image in catalogue.confirmed()}
+    told = [fault for key, fault in faults.items() if key in still]  # the others were deleted
+    remedy = "no image has it; the next start of the service removes it"
+    told += [f"left over: {binaries.folder / name}: {remedy}" for name in sorted(strays)]
+    print(*told, f"{len(images)} binaries checked, {len(told)} faults", sep="\n")
+    return 1 if told else 0
 
 
-def copy_binary(image: Image, source: BinaryStore, target: BinaryStore) -> str | None:
+def copy_binary(
+    image: Image, segments: list[tuple[int, int]], source: BinaryStore, target: BinaryStore
+) -> str | None:
     """Copy the files of an image; return what is wrong with the copy, None if nothing is."""
     sizes = {".hex": image.size}
-    if image.segments is not None:
-        sizes[".bin"] = sum(size for _, size in json.loads(image.segments))
+    if image.is_hex:
+        sizes[".bin"] = sum(size for _, size in segments)
     try:
         for suffix, size in sizes.items():
             path = target.path(image.id, suffix)
@@ -2744,7 +2795,7 @@ def copy_binary(image: Image, source: BinaryStore, target: BinaryStore) -> str |
                 os.fsync(copy.fileno())
     except Damaged as error:
         return f"damaged or missing: {error}"
-    return fault_of(image, target)
+    return fault_of(image, segments, target)
 
 
 def backup(settings: Settings, destination: Path) -> int:
@@ -2756,15 +2807,17 @@ def backup(settings: Settings, destination: Path) -> int:
             raise CannotStart(f"{destination} has something in it: name a new or empty folder")
         copies = BinaryStore(destination)
         draft = destination / "tmp" / "image_manager.db"  # moved at the end: a part is no store
-        sound: set[Image] = set()
+        faults: dict[Image, str | None] = {}
         while True:
             catalogue.copy_to(draft)
             with contextlib.closing(Catalogue(draft)) as snapshot:
                 images = snapshot.confirmed()
-            copied = {image: copy_binary(image, binaries, copies) for image in set(images) - sound}
-            sound |= {image for image, fault in copied.items() if not fault}
-            faults = {image: fault for image, fault in copied.items() if fault}
-            if faults.keys() <= set(catalogue.confirmed()):
+                for image in images:
+                    if faults.get(image, "to be copied"):
+                        segments = snapshot.segments(image)
+                        faults[image] = copy_binary(image, segments, binaries, copies)
+            told = {image: fault for image in images if (fault := faults[image])}
+            if told.keys() <= set(catalogue.confirmed()):
                 break  # else one was deleted before it was copied: once more
         for name in set(os.listdir(copies.folder)) - file_names(images):
             (copies.folder / name).unlink()
@@ -2773,8 +2826,8 @@ def backup(settings: Settings, destination: Path) -> int:
         sync_folder(copies.folder)
         os.replace(draft, destination / "image_manager.db")
         sync_folder(destination)
-    print(*faults.values(), f"{len(images)} binaries copied, {len(faults)} faults", sep="\n")
-    return 1 if faults else 0
+    print(*told.values(), f"{len(images)} binaries copied, {len(told)} faults", sep="\n")
+    return 1 if told else 0
 
 
 def parse_scope(text: str) -> list[str]:

@@ -137,7 +137,8 @@ class Client(TestApp):
         """Make a request; its answer must be one that /openapi.json describes."""
         application = self.app.application
         paths = image_manager.describe_api(application.settings.url_prefix)["paths"]
-        asked = request.path.removeprefix(application.settings.url_prefix).rstrip("/")
+        asked = request.environ["PATH_INFO"].removeprefix(application.settings.url_prefix)
+        asked = asked.rstrip("/")
         response = super().do_request(request, *others, **named)
         method = "get" if request.method == "HEAD" else request.method.lower()
         for path in sorted(paths, key=lambda path: "{" in path):
@@ -628,6 +629,20 @@ def test_hex_with_one_wrong_character_anywhere_is_a_fault(place):
         read_hex(bytes(content))
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_hex_with_blank_lines_everywhere_is_read_and_its_lines_are_counted(newline):
+    for seed in range(30):
+        rng = random.Random(seed)
+        line = GOOD.replace("\n", newline)
+        content = "".join(newline * rng.choice([0, 0, 1, 2, 5]) + line for _ in range(50)).encode()
+        last = END.replace("\n", newline).encode() + newline.encode() * rng.randrange(3)
+        cuts = sorted(rng.randrange(len(content)) for _ in range(rng.randrange(4)))
+        assert read_hex(content + last, cuts)[0].records == 51
+        number = content.count(b"\n") + 1
+        with pytest.raises(HexFault, match=f"line {number}: record is cut off"):
+            read_hex(content + b":00\n" + last, cuts)
+
+
 def test_hex_read_together_and_one_by_one_is_the_same(monkeypatch):
     """The fast way against the plain one, on layouts with everything in them, in random pieces."""
     for seed in range(150):
@@ -864,6 +879,12 @@ def test_raw_bytes_stand_in_the_order_of_addresses_joined_and_without_overwritte
     assert (store.folder / "one.bin").read_bytes() == b"eaRLylate"
     assert json.loads(binary.segments) == [[0x100, 5], [0x200, 4]]
     assert [path.name for path in store.uploads.iterdir()] == []
+
+
+def test_raw_bytes_of_an_earlier_binary_do_not_outlive_it(store):
+    received(store, firmware()[0])
+    received(store, b"no Intel HEX")
+    assert [path.name for path in store.folder.iterdir()] == ["one.hex"]
 
 
 def test_any_other_file_is_stored_as_it_is(store):
@@ -1459,7 +1480,7 @@ def test_form_that_is_all_head_is_refused(client, limit):
     if limit in head:
         body = body.replace(b"\r\n", b"\r\n" + head[limit], 1)
     else:
-        body = b'--XyZ\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n' * 200 + body
+        body = b'--XyZ\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n' * 2000 + body
     response = client.post(f"/image/{image_id}/binary", body, headers, status=400)
     error(response, 400, "Payload must be valid multipart/form-data")
 
@@ -2200,6 +2221,7 @@ def put(server, length, image_id="x", rights=(), method="PUT", expect=True, toke
         ({"rights": ("read", "delete")}, 403),
         ({"length": 1_100_000}, 413),
         ({"length": 10**30}, 413),
+        ({"length": "0" * 30 + "1100000"}, 413),
     ],
 )
 def test_upload_that_may_not_be_made_is_answered_on_its_header(
@@ -2309,6 +2331,34 @@ def test_full_disk_refuses_uploads_and_creations_at_once_but_not_deletions(
         assert connection.ask("GET", "/health")[0] == 503
     assert folder_is_clean(server.application, kept)
     assert connection.ask("PUT", f"/image/{empty}/binary", b"x" * 1001)[0] == 200
+
+
+def test_bodies_that_are_spooled_together_do_not_fill_the_disk(server, connection, monkeypatch):
+    """Each would fit alone, so that its header was accepted."""
+    image_id = connection.create()
+    with dial(server) as sock, monkeypatch.context() as full:
+        sock.sendall(put(server, 900_000, image_id, expect=False) + b"x" * 300_000)
+        time.sleep(0.1)
+        free_space(full, image_manager.RESERVE - 1)
+        sock.sendall(b"x" * 300_000)
+        assert read_answer(sock)[0] == "HTTP/1.1 507 Insufficient Storage"
+    assert folder_is_clean(server.application)
+
+
+def test_log_of_the_catalogue_leaves_room_for_deletions(client, app):
+    made = [client.create() for _ in range(150)]
+    for image_id in made:
+        client.delete(f"/image/{image_id}")
+    log = app.settings.data / "image_manager.db-wal"
+    assert 0 < log.stat().st_size < image_manager.RESERVE / 2
+
+
+def test_record_of_many_segments_must_fit_the_disk_too(client, app, monkeypatch):
+    image_id = client.create()
+    content = "".join([record(0, at * 8, b"a") for at in range(4000)] + [END]).encode()
+    free_space(monkeypatch, image_manager.RESERVE + 2 * len(content))
+    client.upload(image_id, content, status=507)
+    assert folder_is_clean(app)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -2951,9 +3001,14 @@ def test_calls_that_windows_does_not_have_are_not_needed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setattr(os, "open", no_folders)
     monkeypatch.setattr(os, "link", no_links)
-    monkeypatch.setattr(image_manager.selectors, "DefaultSelector", image_manager.selectors.SelectSelector)
+    monkeypatch.setattr(
+        image_manager.selectors, "DefaultSelector", image_manager.selectors.SelectSelector
+    )
     content, data = firmware(200_000)
-    with running(Settings(data=tmp_path)) as server, contextlib.closing(Connection(server)) as connection:
+    with (
+        running(Settings(data=tmp_path)) as server,
+        contextlib.closing(Connection(server)) as connection,
+    ):
         image_id = connection.stored(content)
         path = f"/image/{image_id}/binary"
         assert connection.ask("GET", path)[2] == content
@@ -3272,6 +3327,11 @@ def test_lost_catalogue_stops_the_start_and_nothing_is_swept(tmp_path):
     shutil.copy(database, kept)
     with service(tmp_path / "other"):
         pass
+    database.unlink()
+    for _ in range(2):
+        with pytest.raises(CannotStart, match="restore image_manager.db"):
+            create_app(Settings(data=tmp_path / "data"))
+        one_sentence(command("verify", "--data", tmp_path / "data"), "restore image_manager.db")
     for replace in (
         database.unlink,
         lambda: database.write_bytes(b""),
@@ -3297,6 +3357,7 @@ def test_start_sweeps_what_was_left_over_and_nothing_else(tmp_path):
     for name in (f"{uuid.uuid4()}.hex", f"{empty}.hex", f"{plain}.bin", "notes.txt"):
         (tmp_path / "binaries" / name).write_bytes(b"x")
     (tmp_path / "tmp" / "abc.hex").write_bytes(b"x")
+    (tmp_path / "tmp" / "lost+found").mkdir()
     with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
         names = {path.name for path in (tmp_path / "binaries").iterdir()}
         assert names == {f"{kept}.hex", f"{kept}.bin", f"{plain}.hex"}
@@ -3449,6 +3510,20 @@ def test_lost_worker_is_made_good(tmp_path):
         server.wait_for(f"worker {lost} ended")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+def test_child_that_is_no_worker_is_none_of_the_services_business(tmp_path):
+    """As where a container's start script leaves one behind."""
+    words = [sys.executable, PROGRAM, "serve", "--data", tmp_path, "--port", "0", "--workers", "2"]
+    script = "sleep 0.5 & exec " + shlex.join(map(str, words))
+    process = subprocess.Popen(["sh", "-c", script], stderr=subprocess.PIPE, text=True)
+    url = re.search("listening on (.*)", process.stderr.readline())[1]
+    time.sleep(1)
+    assert urllib.request.urlopen(url + "/health").status == 200
+    process.terminate()
+    assert process.wait(10) == 0
+    process.stderr.close()
+
+
 def test_workers_end_when_the_first_process_is_killed_and_the_next_start_works_at_once(tmp_path):
     server = Service(tmp_path, "--workers", "2")
     port = urllib.parse.urlsplit(server.url).port
@@ -3510,6 +3585,37 @@ def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def test_verify_raises_no_false_alarm_beside_a_server_that_deletes(shelf):
+    server, _, _ = shelf
+    stop = threading.Event()
+
+    def churn():
+        with contextlib.closing(Connection(server)) as other:
+            for number in itertools.takewhile(lambda _: not stop.is_set(), itertools.count()):
+                gone = other.stored(firmware(3000)[0])
+                other.ask("DELETE", f"/image/{gone}" + "/binary" * (number % 2))
+
+    threads = [threading.Thread(target=churn) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    found = [command("verify", "--data", server.data) for _ in range(4)]
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert [status for status, _, _ in found] == [0] * 4, found
+
+
+def test_verify_that_has_no_room_to_look_says_so(shelf, monkeypatch, capsys):
+    server, _, _ = shelf
+
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(image_manager.tempfile, "TemporaryFile", full)
+    assert image_manager.main(["verify", "--data", str(server.data)]) == 2
+    assert "No space left" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
