@@ -300,10 +300,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         prefix = self.url_prefix.strip("/")
-        tidy = {"data": Path(self.data), "public_url": self.public_url.rstrip("/")}
-        for name, value in {**tidy, "url_prefix": prefix and "/" + prefix}.items():
+        key = self.jwt_public_key
+        tidy: dict[str, Any] = {"data": Path(self.data), "jwt_public_key": key and Path(key)}
+        tidy |= {"public_url": self.public_url.rstrip("/"), "url_prefix": prefix and "/" + prefix}
+        for name, value in tidy.items():
             object.__setattr__(self, name, value)
-        if not re.fullmatch(r"((?!image)[\w.~-]+(/[\w.~-]+)*)?", prefix, re.ASCII):
+        if self.jwt_secret.encode(errors="replace").decode() != self.jwt_secret:
+            raise CannotStart("jwt-secret takes text in UTF-8")
+        if not re.fullmatch(r"((?!image(/|$))[\w.~-]+(/[\w.~-]+)*)?", prefix, re.ASCII):
             raise CannotStart("url-prefix takes a path such as /fw-image, not one under /image")
         if not re.fullmatch(r"(https?://[\x21\x23-\x3b\x3d\x3f-\x7e]+)?", self.public_url):
             raise CannotStart("public-url takes an address such as https://fw.example.com")
@@ -400,6 +404,7 @@ def load_secret(folder: Path) -> str:
 def load_public_key(path: Path) -> tuple[Any, str]:
     """Return the public key in a PEM file, and the algorithm it is for; raises CannotStart."""
     try:
+        from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
     except ImportError as error:
@@ -407,7 +412,7 @@ def load_public_key(path: Path) -> tuple[Any, str]:
         raise CannotStart(f"jwt-public-key needs one more package: {remedy}") from error
     try:
         key = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
         wanted = "a readable PEM file that begins with -----BEGIN PUBLIC KEY-----"
         raise CannotStart(f"jwt-public-key takes {wanted}, not {path} ({error})") from error
     if isinstance(key, rsa.RSAPublicKey):
@@ -479,9 +484,10 @@ class Tokens:
 
     def _rights(self, claims: dict[str, Any]) -> frozenset[str]:
         scope = claims.get("scope", "")
-        words = scope.split() if isinstance(scope, str) else scope
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        listed = [scope] if isinstance(scope, str) else scope
+        if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
             raise self._invalid("the claim scope must be a string or a list of strings")
+        words = " ".join(listed).split()
         ours = {word for word in words if word.lower().startswith("image:")}
         if not ours <= set(RIGHTS):  # a typing error must not open the door
             raise self._invalid(f"what begins with image: in scope is not {', '.join(RIGHTS)}")
@@ -1662,7 +1668,7 @@ class Application:
 
     def _tidy(self, environ: dict[str, Any]) -> None:
         """Take the prefix and a last slash off the path."""
-        path, prefix = environ.get("PATH_INFO", ""), self.settings.url_prefix
+        path, prefix = "/" + environ.get("PATH_INFO", "").lstrip("/"), self.settings.url_prefix
         if prefix and (path + "/").startswith(prefix + "/"):
             path = path[len(prefix) :]
         if len(path) > 1 and path.endswith("/"):
@@ -2010,7 +2016,7 @@ class Application:
     def make_link(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Make a link that downloads the binary without a token until it expires."""
         environ, seconds = bottle.request.environ, 3600
-        if (environ.get("CONTENT_LENGTH") or "0") != "0":
+        if (environ.get("CONTENT_LENGTH") or "").strip("0"):
             seconds = parse_json(environ).get("expires_in", seconds)
         if type(seconds) is not int or not 1 <= seconds <= LONGEST_LINK:
             raise BadRequest(f"expires_in takes a whole number of seconds from 1 to {LONGEST_LINK}")
@@ -2018,7 +2024,9 @@ class Application:
         if not image.confirmed:
             raise NoBinary
         expires = int(min(time.time() + seconds, caller.expires))
-        host = environ.get("HTTP_HOST") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
+        name = environ["SERVER_NAME"]
+        name = f"[{name}]" if ":" in name else name
+        host = environ.get("HTTP_HOST") or f"{name}:{environ['SERVER_PORT']}"
         if not re.fullmatch(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?", host, re.ASCII):
             raise BadRequest("The Host header names no host")
         base = self.settings.public_url or f"{environ['wsgi.url_scheme']}://{host}"
@@ -2127,6 +2135,11 @@ GRACE = 30  # seconds that requests in flight may take to end
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
+REQUEST_LINE = re.compile(rb"[^ \r\n]+ [^ \r\n]+(?: HTTP/[0-9]\.[0-9])?")
+BLANKS = re.compile(rb"\r\n[ \t]|[ \t]{32}")
+TRANSFER_ENCODING = re.compile(rb"^transfer-encoding:[ \t]*(.*?)[ \t\r]*$", re.I | re.M)
+
+
 class Refusal(WaitressError):
     """A ServiceError found by the parser, in waitress's form."""
 
@@ -2144,41 +2157,66 @@ class Parser(HTTPRequestParser):
     application: Application | None = None
     limit = 0  # of the body
     error: Any = None
+    first_line = b""
 
     def parse_header(self, header_plus: bytes) -> None:
+        self.first_line = header_plus.partition(b"\r\n")[0].rstrip()
+        # Elsewhere waitress's patterns take quadratic time: minutes for one header of 128 KiB.
+        if not REQUEST_LINE.fullmatch(self.first_line) or BLANKS.search(header_plus):
+            raise ParsingError("The request line, or a folded or very blank header")
         super().parse_header(header_plus)
         # Where a proxy in front may see another end of the request: RFC 9112, 6.1 and 6.3.
-        both = self.chunked and "CONTENT_LENGTH" in self.headers
-        if both or "TRANSFER_ENCODING" in self.headers:
-            raise ParsingError("Transfer-Encoding with Content-Length, or in HTTP/1.0")
+        codings = [coding.lower() for coding in TRANSFER_ENCODING.findall(header_plus)]
+        if codings and (codings != [b"chunked"] or "CONTENT_LENGTH" in self.headers):
+            raise ParsingError("Transfer-Encoding takes chunked, and no Content-Length beside it")
+        if codings and not self.chunked:
+            raise ParsingError("Transfer-Encoding is not in HTTP/1.0")
+        for option in self.headers.get("CONNECTION", "").lower().split(","):
+            if option.strip() in ("close", "keep-alive"):  # waitress knows it standing alone
+                self.headers["CONNECTION"] = option.strip()
 
     def received(self, data: bytes) -> int:
         """Take the next bytes; return how many of them belong to this request."""
         in_header = self.body_rcv is None
-        consumed = len(data)
+        # waitress cuts chunks off a block one by one, copying the rest each time.
+        step = 4 * KIB if self.chunked else len(data)
+        consumed = 0
         try:
             with telling_full():
-                consumed = super().received(data)
+                while consumed < len(data) and not self.completed:
+                    consumed += super().received(data[consumed : consumed + step])
+                    if in_header:
+                        break
             if self.error or self.body_rcv is None:
                 self.expect_continue = False  # waitress would wait for a body even so
-            elif in_header and self.application:
-                named = {"HTTP_" + name: value for name, value in self.headers.items()}
-                named |= {"REQUEST_METHOD": self.command, "PATH_INFO": self.path}
-                length = self.headers.get("CONTENT_LENGTH", "")
-                named |= {"QUERY_STRING": self.query, "CONTENT_LENGTH": length}
-                self.limit = self.application.admit(named)
             elif self.application:
-                self._watch(self.application)
+                self._admit(self.application) if in_header else self._watch(self.application)
         except ServiceError as error:
-            self.error, self.completed = Refusal(error), True
-            self.expect_continue = False  # else waitress sends 100 Continue all the same
+            self._refuse(error)
+        except ValueError:  # which waitress lets out for some addresses and lengths
+            self._refuse(BadRequest("The request cannot be understood"))
+        except Exception:
+            log.exception("a request could not be taken")
+            self._refuse(ServiceError())
         return len(data) if self.error else consumed  # what follows a fault is no request
+
+    def _refuse(self, error: ServiceError) -> None:
+        self.error, self.completed = Refusal(error), True
+        self.expect_continue = False  # else waitress sends 100 Continue all the same
+
+    def _admit(self, application: Application) -> None:
+        """Ask the application what it thinks of the header."""
+        environ = {"HTTP_" + name: value for name, value in self.headers.items()}
+        environ |= {"REQUEST_METHOD": self.command, "PATH_INFO": self.path}
+        length = self.headers.get("CONTENT_LENGTH", "")
+        environ |= {"QUERY_STRING": self.query, "CONTENT_LENGTH": length}
+        self.limit = application.admit(environ)
 
     def _watch(self, application: Application) -> None:
         """Check a body while it arrives: others may fill the disk, and chunks announce nothing."""
         receiver = self.body_rcv
-        if len(receiver) > self.limit:
-            raise TooLarge(self.limit)
+        if len(receiver) > self.limit or self.body_bytes_received > 8 * self.limit + JSON_LIMIT:
+            raise TooLarge(self.limit)  # also of bytes that only say where chunks end
         if self.chunked and len(receiver.control_line) + len(receiver.trailer) > LONGEST_CONTROL:
             raise BadRequest("The line before a chunk, or the trailer, is too long")
         if len(receiver) > self.adj.inbuf_overflow:
@@ -2193,7 +2231,7 @@ class FaultTask(ErrorTask):
     """Answers what the parser refused, in the service's own form."""
 
     def execute(self) -> None:
-        fault, head = self.request.error, getattr(self.request, "command", "") == "HEAD"
+        fault, head = self.request.error, self.request.first_line.startswith(b"HEAD ")
         error = getattr(fault, "error", None) or ServiceError(f"{fault.reason}: {fault.body}")
         if not isinstance(fault, Refusal):
             error.status = fault.code
@@ -2235,7 +2273,6 @@ class Channel(HTTPChannel):
     close_when_flushed = False
     watched = 0  # the events that the server waits for
     unread = b""  # the begin of the next request
-    refused = False
     linger_until, lingered = 0.0, 0
 
     def received(self, data: bytes) -> bool:
@@ -2245,6 +2282,7 @@ class Channel(HTTPChannel):
         a slow client has got the answer to the earlier.
         """
         with self.requests_lock:
+            data = self.unread + data
             while data and not (self.requests or self.will_close or self.close_when_flushed):
                 if self.request is None:
                     self.request = self.parser_class(self.adj)
@@ -2254,7 +2292,6 @@ class Channel(HTTPChannel):
                 if request.completed:
                     self.request, self.sent_continue = None, False
                     if not request.empty:
-                        self.refused = bool(request.error)
                         self.requests.append(request)
                 elif request.expect_continue and request.headers_finished:
                     self.send_continue()
@@ -2278,7 +2315,7 @@ class Channel(HTTPChannel):
 
     def readable(self) -> bool:
         if self.unread and super().readable():
-            self.received(self.unread)
+            self.received(b"")
         return bool(self.linger_until or (super().readable() and not self.unread))
 
     def writable(self) -> bool:
@@ -2291,9 +2328,8 @@ class Channel(HTTPChannel):
 
     def handle_write(self) -> None:
         # Closing with bytes unread resets the connection, and the client may lose the answer:
-        # RFC 9112, 9.6. So a refused sender is heard out, within bounds.
-        linger = self.refused and self.close_when_flushed
-        self.close_when_flushed = self.close_when_flushed and not linger
+        # RFC 9112, 9.6. So whoever still sends is heard out, within bounds.
+        linger, self.close_when_flushed = self.close_when_flushed, False
         super().handle_write()
         if linger and self.total_outbufs_len:
             self.close_when_flushed = True
@@ -2312,7 +2348,10 @@ class Channel(HTTPChannel):
 
     def service(self) -> None:
         self.server.serving.channel = self
-        super().service()
+        try:
+            super().service()
+        finally:
+            self.server.serving.channel = None
 
     def add_channel(self, map: dict[int, Any] | None = None) -> None:
         super().add_channel(map)
@@ -2322,11 +2361,13 @@ class Channel(HTTPChannel):
     def del_channel(self, map: dict[int, Any] | None = None) -> None:
         self.server.forget(self)
         super().del_channel(map)
+        if self.request is not None:
+            self.request.close()  # and its spool file, which a thread's memory of it may keep
 
     def in_flight(self) -> bool:
         """Tell whether a request is in whose answer is not yet out."""
         arriving = self.request is not None and self.request.headers_finished
-        return bool(self.requests or self.total_outbufs_len or arriving)
+        return bool(self.requests or self.total_outbufs_len or self.unread or arriving)
 
 
 class Threads(ThreadedTaskDispatcher):
@@ -2421,12 +2462,13 @@ class Server(TcpWSGIServer):
             if channel.watched == selectors.EVENT_READ and not (ending or left):
                 return
             self._touched.add(channel)
-        super().pull_trigger()
+        if not self.trigger._closed:
+            super().pull_trigger()
 
-    def _turn(self) -> None:
+    def _turn(self, seconds: float = 1.0) -> None:
         """Wait until something happens, for a second at most, and see to it."""
         self.watch(self)  # accepts no more above the limit
-        for key, events in self._selector.select(1.0):
+        for key, events in self._selector.select(seconds):
             channel: Any = key.data
             wanted = channel.readable()
             if events & selectors.EVENT_WRITE and channel.writable():
@@ -2457,8 +2499,13 @@ class Server(TcpWSGIServer):
         try:
             while not self._stopping:
                 self._turn()
-            self._stop_accepting()
             deadline = time.monotonic() + self._grace
+            accepted = -1
+            while accepted < len(self.active_channels):  # what waits has been sent already
+                accepted = len(self.active_channels)
+                self.handle_accept()
+            self._stop_accepting()
+            self._turn(0)
             self._look()
             while self.active_channels and time.monotonic() < deadline:
                 self._turn()
@@ -2503,8 +2550,9 @@ def listen(settings: Settings) -> socket.socket:
         kind = socket.SOCK_STREAM
         found = socket.getaddrinfo(settings.host, settings.port, type=kind)
         return socket.create_server(found[0][4][:2], family=found[0][0], backlog=1024)
-    except OSError as error:
-        where, reason = f"{settings.host} port {settings.port}", error.strerror or error
+    except (OSError, UnicodeError) as error:
+        where = f"{settings.host} port {settings.port}"
+        reason = getattr(error, "strerror", None) or error
         remedy = "choose others with --host and --port"
         raise CannotStart(f"Cannot listen on {where} ({reason}): {remedy}") from error
 
@@ -2522,12 +2570,15 @@ def sole_use(folder: Path) -> Iterator[None]:
     """
     make_folder(folder)
     path = folder / "service.lock"
-    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-    with contextlib.closing(connection):
+    with contextlib.ExitStack() as closing:
         try:
-            connection.execute("PRAGMA journal_mode = OFF")  # of nothing, it would be a file
-            connection.execute("BEGIN EXCLUSIVE")
+            lock = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+            closing.callback(lock.close)
+            lock.execute("PRAGMA journal_mode = OFF")  # of nothing, it would be a file
+            lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
+            if "locked" not in str(error):
+                raise CannotStart(f"Cannot lock {path} ({error}): remove it") from error
             remedy = "stop that, or name another folder with --data"
             raise CannotStart(f"Another service uses {folder} ({error}): {remedy}") from error
         yield
@@ -2675,6 +2726,8 @@ def serve(settings: Settings) -> int:
         tempfile.tempdir = str(settings.data / "tmp")  # the /tmp of a gateway is often memory
         ready = functools.partial(print, *told, sep="\n", file=sys.stderr, flush=True)
         (supervise if settings.workers > 1 else serve_here)(settings, listener, ready)
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)  # it is ending already
     return 0
 
 

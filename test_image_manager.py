@@ -280,6 +280,11 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, values):
         Settings(data=tmp_path, **values)
 
 
+@pytest.mark.parametrize("prefix", ["/images", "/image-manager", "/a/image", "fw"])
+def test_prefix_that_only_looks_like_a_path_of_the_api_is_fine(tmp_path, prefix):
+    assert Settings(data=tmp_path, url_prefix=prefix).url_prefix == "/" + prefix.strip("/")
+
+
 def test_settings_are_tidied(tmp_path):
     found = Settings(data=str(tmp_path), url_prefix="fw-image/", public_url="https://a/b/")
     assert found.data == tmp_path
@@ -327,6 +332,7 @@ def test_token_gives_its_tenant_and_all_rights(tokens):
         ("image:read", {"image:read"}),
         ("openid image:read image:write", {"image:read", "image:write"}),
         (["image:delete", "profile"], {"image:delete"}),
+        ([" image:read", "image:write image:delete"], set(image_manager.RIGHTS)),
         ("openid profile", set(image_manager.RIGHTS)),
         ("", set(image_manager.RIGHTS)),
         ([], set(image_manager.RIGHTS)),
@@ -398,6 +404,7 @@ BAD_TOKENS = {
     "service with a lone surrogate": forged(HS256, {"service": "\ud800"}),
     "scope with a typing error": sign({"service": "a", "scope": "image:raed"}),
     "scope in capitals": sign({"service": "a", "scope": "Image:Read"}),
+    "scope with a blank": sign({"service": "a", "scope": [" image:raed"]}),
     "scope a number": sign({"service": "a", "scope": 7}),
     "scope of numbers": sign({"service": "a", "scope": [7]}),
     "claims a list": forged(HS256, ["service"]),
@@ -2148,6 +2155,27 @@ MALFORMED = {
     ),
     "chunked in 1.0": (b"PUT / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     "unknown coding": (b"PUT / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
+    "length beyond counting": (
+        b"PUT / HTTP/1.1\r\nContent-Length: " + b"9" * 4000 + b"\r\n\r\n",
+        413,
+    ),
+    "coding empty": (b"PUT / HTTP/1.1\r\nTransfer-Encoding:\r\nContent-Length: 1\r\n\r\n", 400),
+    "coding a comma": (b"PUT / HTTP/1.1\r\ntransfer-encoding: ,\r\nContent-Length: 1\r\n\r\n", 400),
+    "chunked twice": (
+        b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n",
+        400,
+    ),
+    "no host at all": (b"GET http://[ HTTP/1.1\r\n\r\n", 400),
+    "Content-Length endless": (
+        b"PUT / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        400,
+    ),
+    "line that takes a pattern minutes": (b"GET a://" + b"1" * 100_000 + b" x\r\n\r\n", 400),
+    "blanks that take a pattern minutes": (
+        b"GET / HTTP/1.1\r\nX:" + b" " * 100_000 + b"\1\r\n\r\n",
+        400,
+    ),
+    "folded header": (b"GET / HTTP/1.1\r\nX: a\r\n b\r\n\r\n", 400),
     "header too large": (b"GET / HTTP/1.1\r\na: " + b"b" * 200_000 + b"\r\n\r\n", 431),
     "header without end": (b"GET / HTTP/1.1\r\na: " + b"b" * 200_000, 431),
 }
@@ -2164,10 +2192,34 @@ def test_malformed_request_is_told_so_in_json_and_nothing_behind_it_is_done(
         assert connection.ask("GET", "/image")[2] == b"[]"
 
 
-def test_malformed_head_request_gets_no_body(server):
-    answer = exchange(server, b"HEAD / HTTP/1.1\r\nContent-Length: x\r\n\r\n")
+@pytest.mark.parametrize("request_, status", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_request_behind_another_is_told_so_too(server, request_, status):
+    """It is then taken up in another place, and must not end the server."""
+    with dial(server) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\n\r\n" + request_)
+        assert read_answer(sock)[0] == "HTTP/1.1 200 OK"
+        assert read_answer(sock)[0].split()[1] == str(status)
+    assert urllib.request.urlopen(server.url + "/health").status == 200
+
+
+@pytest.mark.parametrize("wish", ["close", "Close", "TE, close", "close, TE"])
+def test_connection_is_closed_where_that_is_asked_for(server, wish):
+    answer = exchange(server, f"GET /health HTTP/1.1\r\nConnection: {wish}\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.1 200 OK") and b"\r\nConnection: close\r\n" in answer
+
+
+def test_slashes_in_front_are_one(server, connection):
+    for path in ("//image", "///image/"):
+        body = b'{"label": "a", "fw_version": "1"}'
+        assert connection.ask("POST", path, body, Content_Type="application/json")[0] == 201
+        assert connection.ask("GET", path)[0] == 200
+
+
+@pytest.mark.parametrize("line", [b"Content-Length: x", b"x y: z"])
+def test_malformed_head_request_gets_no_body(server, line):
+    answer = exchange(server, b"HEAD / HTTP/1.1\r\n" + line + b"\r\n\r\n")
     head, _, body = answer.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 400") and b"Content-Length: " in head and body == b""
+    assert b" 400 " in head[:13] and b"Content-Length: " in head and body == b""
 
 
 def test_bad_chunks_are_refused(server, connection):
@@ -2181,6 +2233,24 @@ def test_bad_chunks_are_refused(server, connection):
     ):
         assert told(exchange(server, chunked(server, head) + rest))[0] == 400
     assert folder_is_clean(server.application)
+
+
+def test_chunks_of_nothing_are_counted_too(small):
+    with dial(small) as sock, contextlib.suppress(OSError):
+        sock.sendall(chunked(small, "POST /image"))
+        for _ in range(100):
+            sock.sendall(b"\r\n" * 30_000)
+            if select_readable(sock):
+                break
+        assert read_answer(sock)[0].startswith("HTTP/1.1 413 ")
+
+
+def test_body_that_cannot_be_taken_is_told_so(server, connection):
+    image_id = connection.create()
+    shutil.rmtree(server.application.binaries.uploads)
+    status, _, body = connection.ask("PUT", f"/image/{image_id}/binary", b"x")
+    assert status == 500 and json.loads(body)["status"] == 500
+    assert urllib.request.urlopen(server.url + "/openapi.json").status == 200
 
 
 def test_two_authorization_headers_are_401(server):
@@ -3181,7 +3251,12 @@ def test_what_cannot_start_says_so_in_one_sentence(tmp_path):
         one_sentence(
             command("serve", "--data", tmp_path / "a", "--port", port), f"port {port}", "--port"
         )
-    one_sentence(command("serve", "--host", "no.such.host.invalid"), "Cannot listen", "--host")
+    for host in ("no.such.host.invalid", "a..b", "a" * 70):
+        one_sentence(command("serve", "--host", host), "Cannot listen", "--host")
+    environ = {"IMAGE_MANAGER_JWT_SECRET": os.fsdecode(b"\xff" * 40)}
+    one_sentence(command("token", "--data", tmp_path / "s", environ=environ), "jwt-secret")
+    (tmp_path / "locked" / "service.lock").mkdir(parents=True)
+    one_sentence(command("serve", "--data", tmp_path / "locked", "--port", "0"), "Cannot lock")
     with service(tmp_path / "used"):
         one_sentence(
             command("serve", "--data", tmp_path / "used", "--port", "0"), "Another service uses"
@@ -3312,6 +3387,44 @@ def test_term_lets_requests_in_flight_finish_and_idle_connections_are_no_hindran
             assert server.process.wait(10) == 0 and time.monotonic() - began < 5
     finally:
         assert server.end() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_term_loses_no_request_that_was_sent(tmp_path, workers):
+    server = Service(tmp_path, "--workers", str(workers))
+    socks = [dial(server) for _ in range(60)]
+    for sock in socks[:30]:
+        sock.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        read_answer(sock)
+    for sock in socks:
+        sock.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+    server.process.send_signal(signal.SIGTERM)
+    answers = [read_answer(sock)[0] for sock in socks]
+    assert answers == ["HTTP/1.1 200 OK"] * 60
+    for sock in socks:
+        sock.close()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0 and "Traceback" not in server.log
+
+
+def open_files(folder):
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            yield os.readlink(file)
+
+
+def test_upload_that_is_broken_off_gives_its_space_back(tmp_path):
+    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
+        image_id = connection.create()
+        with dial(server) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            read_answer(sock)
+            sock.sendall(put(server, 500_000, image_id, expect=False) + b"x" * 300_000)
+            time.sleep(0.2)
+        files = Path(f"/proc/{server.process.pid}/fd")
+        if files.exists():
+            spool = str(tmp_path / "tmp")
+            wait_until(lambda: not any(spool in name for name in open_files(files)))
 
 
 def test_interrupt_ends_with_status_0(tmp_path):
