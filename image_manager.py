@@ -58,6 +58,7 @@ What it promises, and the tests prove
 from __future__ import annotations
 
 import argparse
+import array
 import base64
 import binascii
 import bisect
@@ -544,6 +545,7 @@ FIXED_SIZE = {1: 0, 2: 2, 3: 4, 4: 2, 5: 4}  # payload bytes of each record type
 LONGEST_RECORD = 1 + 2 * (255 + 5) + 1  # characters, with the CR of a CRLF
 MOST_PIECES = 1 << 17  # of data that do not join on; each takes some 150 bytes of memory
 MOST_WARNINGS = 20  # of a kind
+RUN = 16  # records of one length that are worth being placed together
 
 
 BLANK_LINES = re.compile(b"(?:\r?\n)+")
@@ -647,16 +649,35 @@ class HexReader:
     def _take(self, text: bytes) -> bytes:
         """Take whole lines: all at once where no fault is in them, else one by one."""
         newline = b"\r\n" if text.endswith(b"\r") else b"\n"
-        filled = text.removesuffix(b"\r")
-        if b"\n\n" in text or b"\n\r\n" in text or text[:1] in b"\r\n":
+        data = self._take_records(text.removesuffix(b"\r"), newline)
+        if data is None:  # once more without blank lines
             filled = BLANK_LINES.sub(newline, b"\n" + text + b"\n")[len(newline) : -len(newline)]
-        records = []
-        if filled.startswith(b":") and not self._ended:
-            records = check_together(filled[1:].split(newline + b":"))
-        if records or not filled:
+            data = self._take_records(filled, newline) if filled else b""
+        if data is not None:
             self._line += text.count(b"\n") + 1
-            return self._place(records)
+            return data
         return b"".join(self._place([self._check(line)]) for line in text.split(b"\n"))
+
+    def _take_records(self, text: bytes, newline: bytes) -> bytes | None:
+        """Take lines that are all records; None if one of them needs a closer look."""
+        lines = text[1:].split(newline + b":")
+        checked = check_together(lines) if text.startswith(b":") and not self._ended else {}
+        if not checked:
+            return None
+        runs = [(digits, len(list(run))) for digits, run in itertools.groupby(map(len, lines))]
+        if len(runs) > len(lines) // RUN:
+            return self._place(list(map(binascii.unhexlify, lines)))
+        data = []
+        used = dict.fromkeys(checked, 0)
+        for digits, count in runs:
+            begin, width = used[digits], digits // 2
+            used[digits] += width * count
+            raw = checked[digits][begin : used[digits]]
+            placed = self._place_run(raw, width) if count > RUN else None
+            if placed is None:
+                placed = self._place([raw[at : at + width] for at in range(0, len(raw), width)])
+            data.append(placed)
+        return b"".join(data)
 
     def _check(self, line: bytes) -> bytes:
         """Return the bytes of a line's record, none for a blank line; the plain way, for faults."""
@@ -691,6 +712,26 @@ class HexReader:
     def _fault(self, reason: str) -> HexFault:
         return HexFault(f"line {self._line}: {reason}")
 
+    def _place_run(self, raw: bytes, width: int) -> bytes | None:
+        """Do what _place() does, if these are data records of one width that join on."""
+        count, size = len(raw) // width, width - 5
+        begin = raw[1] << 8 | raw[2]
+        if not size or begin + count * size > 1 << 16 or any(raw[3::width]):
+            return None
+        where = array.array("H", range(begin, begin + count * size, size))
+        if sys.byteorder == "little":
+            where.byteswap()
+        offsets = bytearray(2 * count)
+        offsets[::2], offsets[1::2] = raw[1::width], raw[2::width]
+        if offsets != where.tobytes():
+            return None
+        data = bytearray(count * size)
+        for column in range(size):
+            data[column::size] = raw[4 + column :: width]
+        self._records += count
+        self._note(self._base + begin, [data])
+        return bytes(data)
+
     def _place(self, records: list[bytes]) -> bytes:
         """Note where the data of sound records belong; return the data."""
         data: list[bytes] = []
@@ -718,7 +759,7 @@ class HexReader:
         self._note(begin, data[first:])
         return b"".join(data)
 
-    def _note(self, address: int, data: list[bytes]) -> None:
+    def _note(self, address: int, data: Iterable[bytes | bytearray]) -> None:
         size = sum(map(len, data))
         self._bytes += size
         if size:
@@ -741,19 +782,21 @@ class HexReader:
             self._start_address = value
 
 
-def check_together(lines: list[bytes]) -> list[bytes]:
-    """Return the bytes of records given as hexadecimal digits; none if one needs a closer look.
+def check_together(lines: list[bytes]) -> dict[int, bytes]:
+    """Return the bytes of records given as hexadecimal digits, by their number of digits.
 
-    Records of one length are checked together, a column of them at a time: 130 MB/s of text in
-    all, against 45 MB/s one by one.
+    Returns nothing if a record needs a closer look. Records of one length are checked together,
+    a column of them at a time; so are those placed that join on: 200 MB/s of text from real
+    files, 110 where lengths change all the time, against 45 one by one.
     """
+    checked, ends = {}, 0
     try:
         for digits, group in itertools.groupby(sorted(lines, key=len), len):
             rows = list(group)
             count, width = len(rows), digits // 2
             raw = binascii.unhexlify(b"".join(rows))
             if width < 5 or digits % 2 or raw[::width] != bytes([width - 5]) * count:
-                return []
+                return {}
             # Adds up the bytes of each record modulo 256: a column is one long number, a record
             # is a byte of it, and the highest bits are added apart so that nothing carries over.
             low, high = (int.from_bytes(bytes([mask]) * count, "little") for mask in (0x7F, 0x80))
@@ -761,16 +804,14 @@ def check_together(lines: list[bytes]) -> list[bytes]:
             for column in range(width):
                 value = int.from_bytes(raw[column::width], "little")
                 total = ((total & low) + (value & low)) ^ ((total ^ value) & high)
-            if total:
-                return []
-        records = list(map(binascii.unhexlify, lines))
+            kinds = raw[3::width]
+            ends += kinds.count(1)
+            if total or any(FIXED_SIZE.get(kind) != width - 5 for kind in {*kinds} - {0}):
+                return {}
+            checked[digits] = raw
     except ValueError:  # what is no hexadecimal digit, or half a byte
-        return []
-    kinds = bytes(map(operator.itemgetter(3), records))
-    special = [record for record in records if record[3]] if any(kinds) else []
-    if 1 in kinds[:-1] or any(FIXED_SIZE.get(record[3]) != record[0] for record in special):
-        return []
-    return records
+        return {}
+    return checked if ends <= (lines[-1][6:8] == b"01") else {}
 
 
 def settle(pieces: list[tuple[int, int]]) -> tuple[list[Extent], list[tuple[int, int]]]:
@@ -1009,11 +1050,10 @@ class Catalogue:
 
     def add(self, tenant: str, label: str, fw_version: str) -> tuple[str, str]:
         """Add an image; return its id and when it was created."""
-        image_id = str(uuid.uuid4())
+        image_id, precedence = str(uuid.uuid4()), semver_key(fw_version)
         values = {"id": image_id, "tenant": tenant, "label": label, "fw_version": fw_version}
         with self._transaction() as connection:
-            now = now_text()  # under the write lock, so that created is in order
-            precedence = semver_key(fw_version)
+            now = now_text()  # under the write lock, so that the times are in the order of rows
             connection.execute(ADD, {**values, "precedence": precedence, "now": now})
         return image_id, now
 
@@ -1159,6 +1199,9 @@ def require_space(folder: Path, size: int = 0) -> None:
             raise StorageFull
 
 
+LARGEST_READ = MIB  # of an excerpt; with BLOCK whole downloads took 1.2 times as long
+
+
 class Excerpt:
     """A read-only file: pieces of a stored file, the gaps between filled, cut to a range.
 
@@ -1185,8 +1228,8 @@ class Excerpt:
         return self.tell()
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes: not more than BLOCK, and none at the end only."""
-        left = min(self._end - self._at, BLOCK, BLOCK if size < 0 else size)
+        """Return the next bytes: not more than LARGEST_READ, and none at the end only."""
+        left = min(self._end - self._at, LARGEST_READ, LARGEST_READ if size < 0 else size)
         blocks = []
         while left > 0:
             index = bisect.bisect_right(self._pieces, self._at, key=operator.itemgetter(0)) - 1
@@ -1751,6 +1794,8 @@ class Application:
         """Return the answer that an error is."""
         if error.status in (500, 503):
             log.error("%s (%s)", error, error.__cause__)
+        elif error.status == 401:
+            log.info("refused: %s", json.dumps(str(error)))  # quoted: parts come from the token
         # Without this a cache may keep a 404 as long as it likes: RFC 9111, 4.2.2.
         headers = {"Cache-Control": "no-store", **error.headers}
         return answer(error.body(), error.status, headers)
