@@ -1166,6 +1166,13 @@ class Catalogue:
             rows = connection.execute(f"SELECT {COLUMNS} FROM image WHERE confirmed = 1")
             return [Image(*row) for row in rows]
 
+    def file_names(self) -> set[str]:
+        """Return the names of all files that binaries have."""
+        sql = "SELECT id || '.{}' FROM image WHERE confirmed = 1"
+        both = f"{sql.format('hex')} UNION ALL {sql.format('bin')} AND report IS NOT NULL"
+        with self._connection() as connection:
+            return {name for (name,) in connection.execute(both)}
+
     def ever_used(self) -> bool:
         """Tell whether there ever was an image."""
         return self._row("SELECT 1 FROM sqlite_sequence WHERE seq > 0") is not None
@@ -2633,20 +2640,10 @@ def sweep(application: Application) -> None:
     """Remove what a crash left over."""
     catalogue, binaries = application.catalogue, application.binaries
     present = set(os.listdir(binaries.folder))
-    left = [binaries.folder / name for name in present - file_names(catalogue.confirmed())]
+    left = [binaries.folder / name for name in present - catalogue.file_names()]
     for path in filter(Path.is_file, itertools.chain(left, binaries.uploads.iterdir())):
         log.info("removing %s, which was left over", path)
         path.unlink()
-
-
-def file_names(images: Iterable[Image]) -> set[str]:
-    """Return the names of the files that images with a binary have."""
-    names = set()
-    for image in images:
-        names.add(image.id + ".hex")
-        if image.is_hex:
-            names.add(image.id + ".bin")
-    return names
 
 
 class Running(NamedTuple):
@@ -2852,7 +2849,7 @@ def verify(settings: Settings) -> int:
 
     def left_over() -> set[str]:
         present = set(os.listdir(binaries.folder))
-        return present - file_names(catalogue.confirmed())
+        return present - catalogue.file_names()
 
     with contextlib.closing(catalogue):
         strays = left_over()
@@ -2909,7 +2906,7 @@ def backup(settings: Settings, destination: Path) -> int:
         while True:
             catalogue.copy_to(draft)
             with contextlib.closing(Catalogue(draft)) as snapshot:
-                images = snapshot.confirmed()
+                images, names = snapshot.confirmed(), snapshot.file_names()
                 for image in images:
                     if faults.get(image, "to be copied"):
                         segments = snapshot.segments(image)
@@ -2917,7 +2914,7 @@ def backup(settings: Settings, destination: Path) -> int:
             told = {image: fault for image in images if (fault := faults[image])}
             if told.keys() <= set(catalogue.confirmed()):
                 break  # else one was deleted before it was copied: once more
-        for name in set(os.listdir(copies.folder)) - file_names(images):
+        for name in set(os.listdir(copies.folder)) - names:
             (copies.folder / name).unlink()
         if (settings.data / "secret.key").exists():
             shutil.copy(settings.data / "secret.key", destination)

@@ -3834,8 +3834,9 @@ def test_readme_every_command_works_as_pasted(fresh):
     if not shutil.which("curl") or b"--json" not in run("curl", "--help", "all").stdout:
         pytest.skip("needs curl 7.82")
     scripts = [block for block in blocks("sh") if "pip install" not in block]
-    if not shutil.which("wget"):
-        scripts = [re.sub("^wget.*\n", "", block, flags=re.MULTILINE) for block in scripts]
+    for tool in ("wget", "wrk"):
+        if not shutil.which(tool):
+            scripts = [re.sub(f"^{tool}.*\n", "", block, flags=re.MULTILINE) for block in scripts]
     out = bash(fresh, "\n".join(scripts))
     assert '"message": "image uploaded"' in out and '"result": "ok"' in out
     folder, _ = fresh
