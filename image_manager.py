@@ -2700,9 +2700,10 @@ def supervise(settings: Settings, listener: socket.socket, ready: Callable[[], o
 
     def start() -> None:
         held_back()  # until this process knows the worker, and the worker has its own handlers
-        pid = os.fork()
-        if pid:
-            workers[pid] = time.monotonic()
+        pid = None if stopping else os.fork()
+        if pid != 0:
+            if pid:
+                workers[pid] = time.monotonic()
             let_through()
             return
         status = 1
