@@ -42,7 +42,14 @@ The folder
     tmp/                  uploads under way; emptied at the start
     service.lock          held while a service has the folder
 
-What it promises, and the tests prove
+To add
+
+    a route       a line of ROUTES and a method of Application; BODIES and SCHEMAS for new JSON
+    a column      a script at the end of MIGRATIONS (never change one), then the SQL below them
+    a check       of an upload's bytes: Upload.write and finish; of a request: Application._upload
+    a setting     a field of Settings; its option and environment variable follow from it
+
+What it promises; the README names the test that proves each
 
  1. An answer of 200 or 201 comes after the disk: file, name and row are synced before it.
  2. A crash leaves at worst a stray file, which the next start removes; never a row without its
@@ -543,7 +550,7 @@ class Tokens:
 
 FIXED_SIZE = {1: 0, 2: 2, 3: 4, 4: 2, 5: 4}  # payload bytes of each record type but 0
 LONGEST_RECORD = 1 + 2 * (255 + 5) + 1  # characters, with the CR of a CRLF
-MOST_PIECES = 1 << 17  # of data that do not join on; each takes some 150 bytes of memory
+MOST_PIECES = 1 << 15  # of data that do not join on: a window's time grows with them
 MOST_WARNINGS = 20  # of a kind
 RUN = 16  # records of one length that are worth being placed together
 
@@ -661,7 +668,9 @@ class HexReader:
     def _take_records(self, text: bytes, newline: bytes) -> bytes | None:
         """Take lines that are all records; None if one of them needs a closer look."""
         lines = text[1:].split(newline + b":")
-        checked = check_together(lines) if text.startswith(b":") and not self._ended else {}
+        few = len(self._pieces) + len(lines) <= MOST_PIECES  # else the limit's line is wanted
+        sound = text.startswith(b":") and not self._ended and few
+        checked = check_together(lines) if sound else {}
         if not checked:
             return None
         runs = [(digits, len(list(run))) for digits, run in itertools.groupby(map(len, lines))]
@@ -858,13 +867,13 @@ def semver_key(version: str) -> str:
     if not match:
         return ""
     *core, prerelease = match.groups()
-    key = "".join(f"{len(number):03}{number}" for number in core)
+    key = "".join(f"{len(number):06}{number}" for number in core)
     if prerelease is None:
         return key + "~"  # a release is above all its pre-releases
     for part in prerelease.split("."):
         # Numbers sort by value and below words. "!" sorts below all that can be in a word, so
         # that a word is above what it begins with, and a longer list above one it begins with.
-        key += f"0{len(part):03}{part}!" if part.isdigit() else f"1{part}!"
+        key += f"0{len(part):06}{part}!" if part.isdigit() else f"1{part}!"
     return key
 
 
@@ -1417,6 +1426,11 @@ class BinaryStore:
         remedy = "upload the same file again to restore it"
         raise Damaged(f"The {suffix[1:]} file of image {image_id} is {found}: {remedy}")
 
+    def names(self) -> set[str]:
+        """Return the names of all files that are there."""
+        with os.scandir(self.folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+
     def check(self) -> None:
         """Write a file that is gone at once; raises StorageFull or OSError."""
         require_space(self.uploads)
@@ -1662,7 +1676,7 @@ ROUTES = (
 
 def require_catalogue(catalogue: Catalogue, binaries: BinaryStore) -> None:
     """Raise CannotStart where there are binaries, but there never was an image."""
-    if not catalogue.ever_used() and any(binaries.folder.iterdir()):
+    if not catalogue.ever_used() and binaries.names():
         catalogue.close()
         remedy = "restore image_manager.db from a backup, or move the binaries away"
         raise CannotStart(f"{binaries.folder} holds binaries no catalogue knows of: {remedy}")
@@ -1672,7 +1686,7 @@ def answer(
     content: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> bottle.HTTPResponse:
     """Return a JSON answer; a string is JSON already."""
-    text = content if isinstance(content, str) else json.dumps(content)
+    text = content if isinstance(content, str) else json.dumps(content, separators=(",", ":"))
     headers = {"Content-Type": "application/json", **(headers or {})}
     return bottle.HTTPResponse(text, status, headers)
 
@@ -1699,8 +1713,7 @@ class Application:
         self.binaries = BinaryStore(settings.data)
         self.catalogue = Catalogue(settings.data / "image_manager.db")
         require_catalogue(self.catalogue, self.binaries)
-        slow = [route.path for route in ROUTES if not route.quick]
-        self._slow = {*slow, *(settings.url_prefix + path for path in slow)}
+        self._slow = {route.path for route in ROUTES if not route.quick}
         self._bottle = bottle.Bottle()
         self._bottle.default_error_handler = lambda error: self.tell(as_service_error(error))
         for route in ROUTES:
@@ -1716,13 +1729,16 @@ class Application:
 
     # The way in, the same for all routes.
 
-    def _tidy(self, environ: dict[str, Any]) -> None:
-        """Take the prefix and a last slash off the path."""
-        path, prefix = "/" + environ.get("PATH_INFO", "").lstrip("/"), self.settings.url_prefix
+    def _strip(self, path: str) -> str:
+        """Take the prefix and a last slash off a path."""
+        path, prefix = "/" + path.lstrip("/"), self.settings.url_prefix
         if prefix and (path + "/").startswith(prefix + "/"):
             path = path[len(prefix) :]
-        if len(path) > 1 and path.endswith("/"):
-            path = path[:-1]
+        return path[:-1] if len(path) > 1 and path.endswith("/") else path
+
+    def _tidy(self, environ: dict[str, Any]) -> None:
+        """Make a request's path one that Bottle can route."""
+        path = self._strip(environ.get("PATH_INFO", ""))
         if not path.isascii():
             # Bottle drops what is not UTF-8, so that /image/%FF would be /image/.
             path = path.encode("latin-1").decode(errors="replace").encode().decode("latin-1")
@@ -1793,9 +1809,10 @@ class Application:
             raise
         return self._limit(route)
 
-    def is_quick(self, method: str, path: str) -> bool:
+    def is_quick(self, method: str, path: str, query: str) -> bool:
         """Tell whether a request is one to answer at once rather than in a thread."""
-        return method in ("GET", "HEAD") and path.rstrip("/") not in self._slow
+        window = "format" in query or "%" in query  # whose segments may be many
+        return method in ("GET", "HEAD") and self._strip(path) not in self._slow and not window
 
     def tell(self, error: ServiceError) -> bottle.HTTPResponse:
         """Return the answer that an error is."""
@@ -1925,7 +1942,7 @@ class Application:
         """Delete an image and its binary."""
         removed = self.catalogue.remove(caller.tenant, image_id)
         self.catalogue.unless_confirmed(image_id, lambda: self.binaries.remove(image_id))
-        return answer(f'{{"removed_image": {removed}, "result": "ok"}}')
+        return answer(f'{{"removed_image":{removed},"result":"ok"}}')
 
     def delete_binary(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Delete the binary; that there is none is no error, so that a retry succeeds."""
@@ -2360,7 +2377,7 @@ class Channel(HTTPChannel):
         changed from minute to minute, to a steady 6,000.
         """
         quick = self.server.application.is_quick
-        if not request.error and quick(request.command, request.path):
+        if not request.error and quick(request.command, request.path, request.query):
             self.service()
         else:
             self.server.add_task(self)
@@ -2381,7 +2398,9 @@ class Channel(HTTPChannel):
     def handle_write(self) -> None:
         # Closing with bytes unread resets the connection, and the client may lose the answer:
         # RFC 9112, 9.6. So whoever still sends is heard out, within bounds.
-        linger, self.close_when_flushed = self.close_when_flushed, False
+        linger = self.close_when_flushed
+        if linger:
+            self.close_when_flushed = False
         super().handle_write()
         if linger and self.total_outbufs_len:
             self.close_when_flushed = True
@@ -2481,15 +2500,27 @@ class Server(TcpWSGIServer):
             sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
             bind_socket=False,
         )
+        self._loop, self._trigger_lock = 0, threading.RLock()
+        if os.name == "posix":
+            os.set_blocking(self.trigger.trigger, False)
         self.trigger.watched = 0
         self.watch(self.trigger)
 
+    def _wanted(self, channel: Any) -> int:
+        """Return what a connection waits for; what goes wrong ends it alone."""
+        wanted = 0
+        try:
+            wanted |= selectors.EVENT_READ if channel.readable() else 0
+            wanted |= selectors.EVENT_WRITE if channel.writable() else 0
+        except Exception:
+            channel.handle_error()
+        return wanted
+
     def watch(self, channel: Any) -> None:
         """Wait for what a connection wants: until that is settled, as threads may change it."""
-        while channel._fileno is not None:
-            wanted = selectors.EVENT_READ if channel.readable() else 0
-            wanted |= selectors.EVENT_WRITE if channel.writable() else 0
-            if wanted == channel.watched:
+        while True:
+            wanted = self._wanted(channel)
+            if channel._fileno is None or wanted == channel.watched:
                 return
             if not channel.watched:
                 self._selector.register(channel._fileno, wanted, channel)
@@ -2514,23 +2545,26 @@ class Server(TcpWSGIServer):
             if channel.watched == selectors.EVENT_READ and not (ending or left):
                 return
             self._touched.add(channel)
-        if not self.trigger._closed:
-            super().pull_trigger()
+            if threading.get_ident() == self._loop:
+                return  # it looks at what was touched before it waits again
+        with self._trigger_lock, contextlib.suppress(BlockingIOError):  # full, it wakes anyway
+            if not self.trigger._closed:
+                super().pull_trigger()
 
     def _turn(self, seconds: float = 1.0) -> None:
         """Wait until something happens, for a second at most, and see to it."""
         self.watch(self)  # accepts no more above the limit
-        for key, events in self._selector.select(seconds):
+        for key, events in self._selector.select(0 if self._touched else seconds):
             channel: Any = key.data
-            wanted = channel.readable()
-            if events & selectors.EVENT_WRITE and channel.writable():
+            ready = events & self._wanted(channel)
+            if ready & selectors.EVENT_WRITE:
                 wasyncore.write(channel)
-            if events & selectors.EVENT_READ and wanted and channel._fileno is not None:
+            if ready & selectors.EVENT_READ and channel._fileno is not None:
                 wasyncore.read(channel)
             # That it may be read stays watched during a request, unless something does come.
-            if not wanted or channel.writable():
+            if ready != events or channel.writable():
                 self.watch(channel)
-        while self._touched:
+        for _ in range(len(self._touched)):  # what they touch again comes after the others
             self.watch(self._touched.pop())
         if time.monotonic() >= self._next_look:
             self._look()
@@ -2544,10 +2578,13 @@ class Server(TcpWSGIServer):
                 channel.will_close = True
             if channel.linger_until and now > channel.linger_until:
                 channel.will_close = True
+            if channel.will_close and not channel.requests:
+                channel.handle_close()  # whether or not it takes what is left to send
             self.watch(channel)
 
     def run(self) -> None:
         """Serve until stop() is called, then let the requests in flight finish."""
+        self._loop = threading.get_ident()
         try:
             while not self._stopping:
                 self._turn()
@@ -2568,6 +2605,7 @@ class Server(TcpWSGIServer):
     def stop(self, grace: float) -> None:
         """Have run() return, at the latest after `grace` seconds."""
         self._stopping, self._grace = True, grace
+        self.serving.channel = None  # a signal may come while this thread serves
         self.pull_trigger()
 
     def _stop_accepting(self) -> None:
@@ -2582,7 +2620,8 @@ class Server(TcpWSGIServer):
             channel.handle_close()
         self.task_dispatcher.shutdown(timeout=1)
         self.forget(self.trigger)
-        self.trigger.close()
+        with self._trigger_lock:
+            self.trigger.close()
         self._selector.close()
 
 
@@ -2604,7 +2643,8 @@ def listen(settings: Settings) -> socket.socket:
         return socket.create_server(found[0][4][:2], family=found[0][0], backlog=1024)
     except (OSError, UnicodeError) as error:
         where = f"{settings.host} port {settings.port}"
-        reason = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number > 0 else error
         remedy = "choose others with --host and --port"
         raise CannotStart(f"Cannot listen on {where} ({reason}): {remedy}") from error
 
@@ -2632,15 +2672,14 @@ def sole_use(folder: Path) -> Iterator[None]:
             if "locked" not in str(error):
                 raise CannotStart(f"Cannot lock {path} ({error}): remove it") from error
             remedy = "stop that, or name another folder with --data"
-            raise CannotStart(f"Another service uses {folder} ({error}): {remedy}") from error
+            raise CannotStart(f"Another service uses {folder}: {remedy}") from error
         yield
 
 
 def sweep(application: Application) -> None:
     """Remove what a crash left over."""
     catalogue, binaries = application.catalogue, application.binaries
-    present = set(os.listdir(binaries.folder))
-    left = [binaries.folder / name for name in present - catalogue.file_names()]
+    left = [binaries.folder / name for name in binaries.names() - catalogue.file_names()]
     for path in filter(Path.is_file, itertools.chain(left, binaries.uploads.iterdir())):
         log.info("removing %s, which was left over", path)
         path.unlink()
@@ -2764,7 +2803,8 @@ def serve(settings: Settings) -> int:
             told = [f"listening on {address(listener)}{settings.url_prefix}"]
             told.append(f"storing {application.catalogue.total()} images in {settings.data}")
         if not settings.jwt_public_key:
-            command = ["python", sys.argv[0], "token", "--data", str(settings.data)]
+            program = [sys.executable or "python", sys.argv[0]]
+            command = [*program, "token", "--data", str(settings.data)]
             told.append(f"get a token with: {shlex.join(command)}")
         tempfile.tempdir = str(settings.data / "tmp")  # the /tmp of a gateway is often memory
         ready = functools.partial(print, *told, sep="\n", file=sys.stderr, flush=True)
@@ -2849,7 +2889,7 @@ def verify(settings: Settings) -> int:
     catalogue, binaries = open_store(settings)
 
     def left_over() -> set[str]:
-        present = set(os.listdir(binaries.folder))
+        present = binaries.names()  # before those that are known, which may become more
         return present - catalogue.file_names()
 
     with contextlib.closing(catalogue):
@@ -2915,7 +2955,7 @@ def backup(settings: Settings, destination: Path) -> int:
             told = {image: fault for image in images if (fault := faults[image])}
             if told.keys() <= set(catalogue.confirmed()):
                 break  # else one was deleted before it was copied: once more
-        for name in set(os.listdir(copies.folder)) - names:
+        for name in copies.names() - names:
             (copies.folder / name).unlink()
         if (settings.data / "secret.key").exists():
             shutil.copy(settings.data / "secret.key", destination)
@@ -3010,7 +3050,7 @@ def command_line() -> CommandLine:
         elif handler is token:
             command.add_setting("--service", str, "tenant that the token is for", "admin")
             command.add_setting("--scope", parse_scope, "rights: read,write,delete", "all")
-            command.add_setting("--expires", parse_lifetime, "s, m, h or d, or never", "30d")
+            command.add_setting("--expires", parse_lifetime, "12h, 7d (s, m, h, d) or never", "30d")
         elif handler is backup:
             command.add_argument("destination", type=Path, help="folder, new or empty")
     return parser
