@@ -114,7 +114,6 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
-from waitress.utilities import Error as WaitressError
 
 __version__ = "1.0.0"
 
@@ -553,8 +552,6 @@ LONGEST_RECORD = 1 + 2 * (255 + 5) + 1  # characters, with the CR of a CRLF
 MOST_PIECES = 1 << 15  # of data that do not join on: a window's time grows with them
 MOST_WARNINGS = 20  # of a kind
 RUN = 16  # records of one length that are worth being placed together
-
-
 BLANK_LINES = re.compile(b"(?:\r?\n)+")
 
 
@@ -1046,7 +1043,11 @@ class Catalogue:
             return connection.execute(sql, values).fetchone()
 
     def _image_row(self, columns: str, tenant: str, image_id: str) -> Any:
-        row = self._row(f"SELECT {columns} {ONE}", tenant=tenant, id=image_id)
+        try:
+            row = self._row(f"SELECT {columns} {ONE}", tenant=tenant, id=image_id)
+        except Damaged as error:
+            message = f"The record of image {image_id} cannot be read: the log says why"
+            raise Damaged(message) from error.__cause__
         if not row:
             raise NoSuchImage(image_id)
         return row
@@ -2202,19 +2203,9 @@ LINGER_BYTES = 64 * MIB  # that a refused sender is listened to, so that it gets
 LONGEST_CONTROL = 8 * KIB  # bytes of the line before a chunk, or of the trailer
 GRACE = 30  # seconds that requests in flight may take to end
 ENDING = (signal.SIGTERM, signal.SIGINT)
-
-
 REQUEST_LINE = re.compile(rb"[^ \r\n]+ [^ \r\n]+(?: HTTP/[0-9]\.[0-9])?")
 BLANKS = re.compile(rb"\r\n[ \t]|[ \t]{32}")
 TRANSFER_ENCODING = re.compile(rb"^transfer-encoding:[ \t]*(.*?)[ \t\r]*$", re.I | re.M)
-
-
-class Refusal(WaitressError):
-    """A ServiceError found by the parser, in waitress's form."""
-
-    def __init__(self, error: ServiceError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class Parser(HTTPRequestParser):
@@ -2270,7 +2261,7 @@ class Parser(HTTPRequestParser):
         return len(data) if self.error else consumed  # what follows a fault is no request
 
     def _refuse(self, error: ServiceError) -> None:
-        self.error, self.completed = Refusal(error), True
+        self.error, self.completed = error, True
         self.expect_continue = False  # else waitress sends 100 Continue all the same
 
     def _admit(self, application: Application) -> None:
@@ -2300,10 +2291,10 @@ class FaultTask(ErrorTask):
     """Answers what the parser refused, in the service's own form."""
 
     def execute(self) -> None:
-        fault, head = self.request.error, self.request.first_line.startswith(b"HEAD ")
-        error = getattr(fault, "error", None) or ServiceError(f"{fault.reason}: {fault.body}")
-        if not isinstance(fault, Refusal):
-            error.status = fault.code
+        error, head = self.request.error, self.request.first_line.startswith(b"HEAD ")
+        if not isinstance(error, ServiceError):  # one that waitress found
+            status, error = error.code, ServiceError(f"{error.reason}: {error.body}")
+            error.status = status
         told = self.channel.server.application.tell(error)
         self.status, body = told.status_line, told.body.encode()
         self.response_headers.extend(told.headerlist)

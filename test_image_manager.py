@@ -3011,6 +3011,24 @@ def test_upload_that_cannot_be_recorded_leaves_nothing_behind(
     client.upload(image_id, firmware()[0])
 
 
+def test_damaged_record_is_500_naming_its_image_and_the_rest_is_served(client, app, caplog):
+    sound, broken = client.create(), client.create()
+    real = Catalogue._row
+
+    def row(self, sql, **values):
+        if values.get("id") == broken:
+            with self._connection():
+                raise sqlite3.DatabaseError("database disk image is malformed")
+        return real(self, sql, **values)
+
+    with pytest.MonkeyPatch.context() as damaged:
+        damaged.setattr(Catalogue, "_row", row)
+        message = f"The record of image {broken} cannot be read: the log says why"
+        error(client.get(f"/image/{broken}", status=500), 500, message)
+        assert client.get(f"/image/{sound}").json["id"] == sound
+    assert "malformed" in caplog.text
+
+
 def test_catalogue_locked_by_another_process_is_503_and_then_works(client, app, monkeypatch):
     monkeypatch.setattr(image_manager, "PATIENCE", 0.1)
     while app.catalogue._idle:
