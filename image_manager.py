@@ -1070,9 +1070,9 @@ class Catalogue:
     def get(self, tenant: str, image_id: str) -> Image:
         return Image(*self._image_row(COLUMNS, tenant, image_id))
 
-    def get_json(self, tenant: str, image_id: str) -> str:
-        """Return the image object, with the layout of its Intel HEX if it has one."""
-        return str(self._image_row(WITH_REPORT, tenant, image_id)[0])
+    def get_json(self, tenant: str, image_id: str, columns: str = IMAGE_JSON) -> str:
+        """Return the image object; WITH_REPORT adds the layout of its Intel HEX."""
+        return str(self._image_row(columns, tenant, image_id)[0])
 
     def segments(self, image: Image) -> list[tuple[int, int]]:
         """Return (address, size) of the data of sound Intel HEX; nothing for any other file."""
@@ -1918,7 +1918,7 @@ class Application:
 
     def show_image(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Show an image."""
-        return answer(self.catalogue.get_json(caller.tenant, image_id))
+        return answer(self.catalogue.get_json(caller.tenant, image_id, WITH_REPORT))
 
     def change_image(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Change the label, the version or both."""
@@ -1931,7 +1931,7 @@ class Application:
             raise FaultyImage(errors)
         label, fw_version = changes.get("label"), changes.get("fw_version")
         self.catalogue.change(caller.tenant, image_id, label, fw_version)
-        return self.show_image(caller, image_id)
+        return answer(self.catalogue.get_json(caller.tenant, image_id))
 
     # Binaries. Here the two stores meet, in an order that survives a power cut:
     #   upload    1. the files under passing names, synced  2. under the catalogue's write lock
