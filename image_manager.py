@@ -3001,15 +3001,10 @@ class CommandLine(argparse.ArgumentParser):
                 raise argparse.ArgumentTypeError(f"{error}, not {text!r}") from error
 
         shown = f"{meaning} (default: {default})" if default not in (None, "") else meaning
+        kind: dict[str, Any] = {"type": converted, "metavar": flag.rpartition("-")[2].upper()}
         if parse is parse_switch:
-            self.add_argument(
-                flag, action="store_true", default=argparse.SUPPRESS, help=meaning
-            )
-        else:
-            metavar = flag.rpartition("-")[2].upper()
-            self.add_argument(
-                flag, type=converted, metavar=metavar, default=argparse.SUPPRESS, help=shown
-            )
+            kind, shown = {"action": "store_true"}, meaning
+        self.add_argument(flag, default=argparse.SUPPRESS, help=shown, **kind)
 
 
 def command_line() -> CommandLine:
@@ -3039,6 +3034,7 @@ def command_line() -> CommandLine:
                     default = {"port": 8000, "max_upload": "512M"}.get(field.name, default)
                     command.add_setting(flag, default=default, **field.metadata)
         elif handler is token:
+            command.set_defaults(service="admin", scope=[], expires=30 * 86400)
             command.add_setting("--service", str, "tenant that the token is for", "admin")
             command.add_setting("--scope", parse_scope, "rights: read,write,delete", "all")
             command.add_setting("--expires", parse_lifetime, "12h, 7d (s, m, h, d) or never", "30d")
@@ -3073,15 +3069,13 @@ def main(arguments: list[str] | None = None) -> int:
         values = {"data": DEFAULT_DATA, "port": 8000, **environment()}
         values |= {name: value for name, value in given.items() if name in names}
         others = {name: value for name, value in given.items() if name not in names}
-        if handler is token:
-            others = {"service": "admin", "scope": [], "expires": 30 * 86400} | others
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         return int(handler(Settings(**values), **others))
     except (CannotStart, ServiceError, OSError) as error:
         print(f"image manager: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 0
+        return 0 if words[0] == "serve" else 130  # as shells have it for what was interrupted
 
 
 if __name__ == "__main__":
