@@ -2973,18 +2973,15 @@ def test_upload_whose_system_calls_fail_leaves_nothing_behind(
         pytest.fail("the upload never succeeded")
 
 
-@pytest.mark.parametrize("trouble, status", [("full", 507), ("locked", 503), ("damaged", 500)])
-@pytest.mark.parametrize("moment", ["BEGIN", "UPDATE", "COMMIT"])
-def test_upload_that_cannot_be_recorded_leaves_nothing_behind(
-    client, app, monkeypatch, trouble, status, moment
-):
-    image_id = client.create()
-    words = {
-        "full": "database or disk is full",
-        "locked": "database is locked",
-        "damaged": "malformed",
-    }
-    opened = Catalogue._open
+WORDS = {"full": "database or disk is full", "locked": "database is locked", "damaged": "malformed"}
+TROUBLES = pytest.mark.parametrize(
+    "trouble, status", [("full", 507), ("locked", 503), ("damaged", 500)]
+)
+
+
+@contextlib.contextmanager
+def catalogue_failing(app, moment, trouble):
+    """Have SQLite fail once, at the next statement that begins so."""
 
     class Failing:
         def __init__(self, real):
@@ -2996,19 +2993,40 @@ def test_upload_that_cannot_be_recorded_leaves_nothing_behind(
         def execute(self, sql, *values):
             if sql.startswith(moment) and failing:
                 failing.pop()
-                raise sqlite3.OperationalError(words[trouble])
+                raise sqlite3.OperationalError(WORDS[trouble])
             return self.real.execute(sql, *values)
 
-    with monkeypatch.context() as broken:
+    opened, failing = Catalogue._open, [True]
+    with pytest.MonkeyPatch.context() as broken:
         while app.catalogue._idle:
             app.catalogue._idle.pop().close()
         broken.setattr(Catalogue, "_open", lambda self: Failing(opened(self)))
-        failing = [True]
+        yield
+    assert not failing
+
+
+@TROUBLES
+@pytest.mark.parametrize("moment", ["BEGIN", "UPDATE", "COMMIT"])
+def test_upload_that_cannot_be_recorded_leaves_nothing_behind(client, app, trouble, status, moment):
+    image_id = client.create()
+    with catalogue_failing(app, moment, trouble):
         response = client.upload(image_id, firmware()[0], status=status)
-        assert response.json["status"] == status and not failing
+        assert response.json["status"] == status
         assert folder_is_clean(app)
         assert not client.get(f"/image/{image_id}").json["confirmed"]
     client.upload(image_id, firmware()[0])
+
+
+@TROUBLES
+@pytest.mark.parametrize("moment", ["BEGIN", "UPDATE", "DELETE", "COMMIT"])
+def test_deletion_that_cannot_be_recorded_deletes_nothing(client, app, trouble, status, moment):
+    image_id = client.stored()
+    path = f"/image/{image_id}" + "/binary" * (moment == "UPDATE")
+    with catalogue_failing(app, moment, trouble):
+        assert client.delete(path, status=status).json["status"] == status
+        assert client.get(f"/image/{image_id}/binary").body == firmware()[0]
+    client.delete(path)
+    assert folder_is_clean(app)
 
 
 def test_damaged_record_is_500_naming_its_image_and_the_rest_is_served(client, app, caplog):
