@@ -801,7 +801,7 @@ def check_together(lines: list[bytes]) -> dict[int, bytes]:
             rows = list(group)
             count, width = len(rows), digits // 2
             raw = binascii.unhexlify(b"".join(rows))
-            if width < 5 or digits % 2 or raw[::width] != bytes([width - 5]) * count:
+            if digits % 2 or raw[::width] != bytes([width - 5]) * count:
                 return {}
             # Adds up the bytes of each record modulo 256: a column is one long number, a record
             # is a byte of it, and the highest bits are added apart so that nothing carries over.
@@ -815,7 +815,7 @@ def check_together(lines: list[bytes]) -> dict[int, bytes]:
             if total or any(FIXED_SIZE.get(kind) != width - 5 for kind in {*kinds} - {0}):
                 return {}
             checked[digits] = raw
-    except ValueError:  # what is no hexadecimal digit, or half a byte
+    except ValueError:  # what is no hexadecimal digit, half a byte, or less than a record
         return {}
     return checked if ends <= (lines[-1][6:8] == b"01") else {}
 
@@ -2250,9 +2250,7 @@ class Parser(HTTPRequestParser):
                     consumed += super().received(data[consumed : consumed + step])
                     if in_header:
                         break
-            if self.error or self.body_rcv is None:
-                self.expect_continue = False  # waitress would wait for a body even so
-            elif self.application:
+            if self.application and self.body_rcv is not None and not self.error:
                 self._admit(self.application) if in_header else self._watch(self.application)
         except ServiceError as error:
             self._refuse(error)
@@ -2265,7 +2263,6 @@ class Parser(HTTPRequestParser):
 
     def _refuse(self, error: ServiceError) -> None:
         self.error, self.completed = error, True
-        self.expect_continue = False  # else waitress sends 100 Continue all the same
 
     def _admit(self, application: Application) -> None:
         """Ask the application what it thinks of the header."""
@@ -2357,7 +2354,7 @@ class Channel(HTTPChannel):
                     if not request.empty:
                         self.requests.append(request)
                 elif request.expect_continue and request.headers_finished:
-                    self.send_continue()
+                    self.send_continue()  # which waitress does for what is refused as well
             self.unread = data
         if self.requests:
             self._begin(self.requests[0])
