@@ -1013,7 +1013,9 @@ class Catalogue:
         """Lend a connection; the one place where SQLite's errors become the service's own."""
         connection = None
         try:
-            connection = self._idle.pop() if self._idle else self._open()
+            with contextlib.suppress(IndexError):  # asked before, another thread may be faster
+                connection = self._idle.pop()
+            connection = connection or self._open()
             yield connection
         except sqlite3.Error as error:
             if connection:
@@ -1057,8 +1059,9 @@ class Catalogue:
     def close(self) -> None:
         """Close all connections; those that are lent close when they come back."""
         self._closed = True
-        while self._idle:
-            self._idle.pop().close()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
     def add(self, tenant: str, label: str, fw_version: str) -> tuple[str, str]:
         """Add an image; return its id and when it was created."""

@@ -849,6 +849,18 @@ def test_catalogue_of_another_program_or_version_stops_the_start(tmp_path, state
     assert path.read_bytes()[100:] == before[100:]
 
 
+def test_catalogue_opens_a_connection_where_another_thread_took_the_last_idle_one(catalogue):
+    class Emptied(list):
+        """Still has one when it is asked, and none when that is taken."""
+
+        def __len__(self):
+            return 1
+
+    catalogue._idle = Emptied()
+    assert catalogue.total() == 0
+    catalogue.close()
+
+
 def test_catalogue_closes_its_connections_also_those_that_are_lent(tmp_path):
     catalogue = Catalogue(tmp_path / "image_manager.db")
     with catalogue._connection() as lent:
