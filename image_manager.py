@@ -66,6 +66,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import asyncio
 import base64
 import binascii
 import bisect
@@ -84,9 +85,9 @@ import logging
 import math
 import operator
 import os
+import queue
 import re
 import secrets
-import selectors
 import shlex
 import shutil
 import signal
@@ -100,7 +101,7 @@ import unicodedata
 import urllib.parse
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,12 +109,8 @@ from typing import Any, NamedTuple
 import bottle
 import jwt
 import multipart
-from waitress import wasyncore
 from waitress.adjustments import Adjustments
-from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.server import TcpWSGIServer
-from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.parser import HTTPRequestParser, ParsingError, TransferEncodingNotImplemented
 
 __version__ = "1.0.0"
 
@@ -133,13 +130,15 @@ class CannotStart(Exception):
 
 
 class ServiceError(Exception):
-    """Base of all that a client can be told, each with its HTTP status."""
+    """Base of all errors that a client sees; `status` is the HTTP status."""
 
     status, message = 500, "Internal server error: the log says more"
 
-    def __init__(self, message: str = "", headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, message: str = "", headers: Mapping[str, str] | None = None, status: int = 0
+    ) -> None:
         super().__init__(message or self.message)
-        self.headers = dict(headers or {})
+        self.headers, self.status = dict(headers or {}), status or self.status
 
     def body(self) -> dict[str, Any]:
         return {"message": str(self), "status": self.status}
@@ -241,8 +240,8 @@ FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 @contextlib.contextmanager
-def telling_full() -> Iterator[None]:
-    """Raise StorageFull for each way in which the operating system says that the disk is full."""
+def full_disk_as_error() -> Iterator[None]:
+    """Turn the operating system's errors for a full disk into StorageFull."""
     try:
         yield
     except OSError as error:
@@ -970,7 +969,9 @@ class Catalogue:
     def __init__(self, path: Path, make: bool = True) -> None:
         """Open the catalogue, made or migrated where needed if `make`; raises CannotStart."""
         self._path, self._closed, self._make = path, False, make
-        self._idle: list[sqlite3.Connection] = []  # lent to whatever thread asks
+        # Connections to lend to whatever thread asks, by whether they wait for a lock.
+        self._idle: dict[bool, list[sqlite3.Connection]] = {True: [], False: []}
+        self._thread = threading.local()
         # Threads queue here. SQLite's own waiting, for other processes, sleeps for up to 100 ms.
         self._writing = threading.Lock()
         try:
@@ -996,9 +997,14 @@ class Catalogue:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {number}")
 
-    def _open(self) -> sqlite3.Connection:
+    def never_wait(self) -> None:
+        """Raise Unavailable at once, in the thread that calls this, where another process locks."""
+        self._thread.waits = False
+
+    def _open(self, waits: bool) -> sqlite3.Connection:
+        timeout = PATIENCE if waits else 0
         connection = sqlite3.connect(
-            self._path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
+            self._path, timeout=timeout, isolation_level=None, check_same_thread=False
         )
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
@@ -1011,11 +1017,12 @@ class Catalogue:
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection; the one place where SQLite's errors become the service's own."""
-        connection = None
+        connection, waits = None, getattr(self._thread, "waits", True)
         try:
-            with contextlib.suppress(IndexError):  # asked before, another thread may be faster
-                connection = self._idle.pop()
-            connection = connection or self._open()
+            # Another thread may take the last one between a test and the pop.
+            with contextlib.suppress(IndexError):
+                connection = self._idle[waits].pop()
+            connection = connection or self._open(waits)
             yield connection
         except sqlite3.Error as error:
             if connection:
@@ -1028,7 +1035,7 @@ class Catalogue:
             if connection and self._closed:
                 connection.close()
             elif connection:
-                self._idle.append(connection)
+                self._idle[waits].append(connection)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -1059,9 +1066,14 @@ class Catalogue:
     def close(self) -> None:
         """Close all connections; those that are lent close when they come back."""
         self._closed = True
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop().close()
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Close the connections that are not lent; who asks for one gets a new one."""
+        for idle in self._idle.values():
+            with contextlib.suppress(IndexError):
+                while True:
+                    idle.pop().close()
 
     def add(self, tenant: str, label: str, fw_version: str) -> tuple[str, str]:
         """Add an image; return its id and when it was created."""
@@ -1216,7 +1228,7 @@ def now_text() -> str:
 
 def require_space(folder: Path, size: int = 0) -> None:
     """Raise StorageFull unless that many bytes fit the disk with RESERVE to spare."""
-    with telling_full():
+    with full_disk_as_error():
         if shutil.disk_usage(folder).free - RESERVE < size:
             raise StorageFull
 
@@ -1248,6 +1260,14 @@ class Excerpt:
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._at = (self._begin, self._at, self._end)[whence] + offset
         return self.tell()
+
+    def in_one_piece(self) -> tuple[io.FileIO, int, int] | None:
+        """Return file, offset and size of what is left, None if that is nothing or has gaps."""
+        index = bisect.bisect_right(self._pieces, self._at, key=operator.itemgetter(0)) - 1
+        address, length, offset = self._pieces[index] if index >= 0 else (0, 0, 0)
+        if not self._at < self._end <= address + length:
+            return None
+        return self._file, offset + self._at - address, self._end - self._at
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes: not more than LARGEST_READ, and none at the end only."""
@@ -1398,8 +1418,9 @@ class BinaryStore:
 
         `check` refuses Intel HEX that is not sound, `require` all that is no Intel HEX.
         """
-        with telling_full(), contextlib.closing(Upload(self.uploads, limit, check, require)) as new:
-            yield new
+        with full_disk_as_error(), contextlib.ExitStack() as closing:
+            new = Upload(self.uploads, limit, check, require)
+            yield closing.enter_context(contextlib.closing(new))
 
     def publish(self, upload: Upload, image_id: str) -> None:
         """Give the files of a finished upload their names, for good."""
@@ -1423,7 +1444,8 @@ class BinaryStore:
         """Open a file for reading; raises Damaged where it is missing or has another size."""
         found = "missing"
         with contextlib.suppress(FileNotFoundError):
-            file = open(self.path(image_id, suffix), "rb", buffering=0)
+            # One string: putting a Path together takes as long as opening the file.
+            file = open(f"{self.folder}{os.sep}{image_id}{suffix}", "rb", buffering=0)
             actual = os.fstat(file.fileno()).st_size
             if actual == size:
                 return file
@@ -1440,7 +1462,7 @@ class BinaryStore:
     def check(self) -> None:
         """Write a file that is gone at once; raises StorageFull or OSError."""
         require_space(self.uploads)
-        with telling_full(), tempfile.TemporaryFile(dir=self.uploads) as file:
+        with full_disk_as_error(), tempfile.TemporaryFile(dir=self.uploads) as file:
             file.write(bytes(4 * KIB))
             file.flush()
 
@@ -1472,11 +1494,16 @@ def http_date(environ: Mapping[str, str], name: str) -> float | None:
     return moment.replace(tzinfo=timezone.utc).timestamp()
 
 
+@functools.lru_cache(maxsize=4)
+def format_http_date(seconds: int) -> str:
+    return email.utils.formatdate(seconds, usegmt=True)
+
+
 @functools.lru_cache(maxsize=1024)
 def last_modified(stored: str) -> tuple[int, str]:
     """Return the time of a binary in seconds since the epoch, and as an HTTP date."""
     seconds = int(datetime.fromisoformat(stored).timestamp())
-    return seconds, email.utils.formatdate(seconds, usegmt=True)
+    return seconds, format_http_date(seconds)
 
 
 def not_modified(environ: Mapping[str, str], current: Validators) -> bool:
@@ -1528,8 +1555,10 @@ def requested_range(environ: Mapping[str, str], current: Validators, size: int) 
 
 def parse_query(environ: Mapping[str, Any]) -> dict[str, str]:
     """Return the parameters of a query; raises BadRequest for one given twice, or no UTF-8."""
+    if not environ.get("QUERY_STRING"):
+        return {}
     try:
-        raw = environ.get("QUERY_STRING", "").encode("latin-1").decode()
+        raw = environ["QUERY_STRING"].encode("latin-1").decode()
         pairs = urllib.parse.parse_qsl(raw, keep_blank_values=True, errors="strict")
     except ValueError as error:
         raise BadRequest from error
@@ -1719,9 +1748,10 @@ class Application:
         self.binaries = BinaryStore(settings.data)
         self.catalogue = Catalogue(settings.data / "image_manager.db")
         require_catalogue(self.catalogue, self.binaries)
+        self.catalogue.disconnect()  # a server may fork now, and no connection may cross that
         self._slow = {route.path for route in ROUTES if not route.quick}
         self._bottle = bottle.Bottle()
-        self._bottle.default_error_handler = lambda error: self.tell(as_service_error(error))
+        self._bottle.default_error_handler = self._bottle_error
         for route in ROUTES:
             guarded = self._guarded(route)
             self._bottle.route(route.path, route.method, guarded, skip=True, route=route)
@@ -1761,7 +1791,7 @@ class Application:
                 response = handler(caller, **names)
                 status = response.status_code
             except ServiceError as error:
-                response, status = self.tell(error), error.status
+                response, status = self.error_response(error), error.status
             finally:
                 self._log(route, environ, caller, status)
             return response
@@ -1820,8 +1850,11 @@ class Application:
         window = "format" in query or "%" in query  # whose segments may be many
         return method in ("GET", "HEAD") and self._strip(path) not in self._slow and not window
 
-    def tell(self, error: ServiceError) -> bottle.HTTPResponse:
-        """Return the answer that an error is."""
+    def _bottle_error(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
+        return self.error_response(as_service_error(error))
+
+    def error_response(self, error: ServiceError) -> bottle.HTTPResponse:
+        """Return the JSON response for an error."""
         if error.status in (500, 503):
             log.error("%s (%s)", error, error.__cause__)
         elif error.status == 401:
@@ -2078,7 +2111,8 @@ class Application:
             raise Unprocessable(
                 f"A window has at most {LARGEST_WINDOW} bytes, and some of the data in it. "
                 f"Choose it with start and end; the data are at {', '.join(where[:10])}"
-                + f" and {len(where) - 10} more places" * (len(where) > 10)
+                + f" and {len(where) - 10} more places"
+                * (len(where) > 10)
             )
         headers = {
             "Content-Disposition": f'attachment; filename="{image.id}.bin"',
@@ -2202,421 +2236,610 @@ def create_app(settings: Settings) -> Application:
 
 
 # ------------------------------------------------------------------------------------- server
-# waitress, whose parser, task, channel and server classes are made to be replaced.
+# One thread, the loop, owns every socket; a few others run the application and touch none. The way
+# of a request:
+#
+#   loop    Server._accept       takes a connection, while there are fewer than the limit
+#   loop    Connection._header   waits for a whole header; refuses at once what cannot become one
+#   loop    Request()            reads the header: what is asked for, and where the body ends
+#   loop    Application.admit    if a body follows: may this client send it, and does it fit?
+#   loop    Request.receive      spools the body to tmp/ while it arrives
+#   loop    Request.answer       runs the application, if the request is quick and has not to wait,
+#   thread  Request.answer       or else in a thread, where it may wait for disk and catalogue
+#   loop    Connection._send     sends the answer as fast as the client takes it
+#   loop    Connection._linger   after the last answer, reads on until the client has got it
 
-LINGER = 10  # seconds, and
-LINGER_BYTES = 64 * MIB  # that a refused sender is listened to, so that it gets to the answer
-LONGEST_CONTROL = 8 * KIB  # bytes of the line before a chunk, or of the trailer
+IDLE = 120  # seconds in which a client must send or take something
+LINGER = 10  # seconds to keep reading after the last answer, for
+LINGER_BYTES = 64 * MIB  # at most: closing with bytes unread would destroy the answer on its way
 GRACE = 30  # seconds that requests in flight may take to end
+SEND_BLOCK = 64 * KIB  # bytes of an answer that are read ahead of the client
+SENDFILE_BLOCK = MIB  # bytes that the system sends of a file in one call
+HEADER_LIMIT = 128 * KIB
+CHUNK_LINE_LIMIT = 8 * KIB  # bytes of the line before a chunk, and of the trailer
 ENDING = (signal.SIGTERM, signal.SIGINT)
-REQUEST_LINE = re.compile(rb"[^ \r\n]+ [^ \r\n]+(?: HTTP/[0-9]\.[0-9])?")
-BLANKS = re.compile(rb"\r\n[ \t]|[ \t]{32}")
-TRANSFER_ENCODING = re.compile(rb"^transfer-encoding:[ \t]*(.*?)[ \t\r]*$", re.I | re.M)
+
+# Patterns of RFC 9112 (3, 5, 7.1) and RFC 9110 (5.6.2); all take linear time whatever they meet.
+REQUEST_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Z-]|\r?\Z")
+REQUEST_LINE = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Z-]+) (/[!-~]*|\*|(?i:https?)://[!-~]+) HTTP/([0-9])\.([0-9])"
+)
+HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*")
+TRANSFER_CODING = re.compile(rb"\r\ntransfer-encoding:([^\r]*)", re.IGNORECASE)
+AUTHORITY = re.compile(r"(?:[\w.~%!$&'()*+,;=-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?", re.ASCII)
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~\x80-\xff]*)?")
+EMPTY_LINES = re.compile(rb"(?:\r\n)+")
+STRAY_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
+
+# What a connection waits for.
+READING = HEADER, BODY, END = ("the client's next header", "its body", "its end")
+ROOM, THREAD, FILE, TURN = ("room to send", "a thread", "a file to be sent", "the others' turn")
+Life = Generator[str, Any, None]
+Job = tuple["Request", bool, Callable[["Answer"], None]]
+Address = tuple[Any, ...]  # of a socket: host, port, and more for IPv6
 
 
-class Parser(HTTPRequestParser):
-    """Asks the application about a request when its header is complete.
+def parse_request_line(line: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return method, target and minor version of HTTP/1; raises BadRequest or status 505."""
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        wanted = "METHOD /path HTTP/1.1, with all that is not ASCII percent-encoded"
+        raise BadRequest(f"The request line is not of the form {wanted}")
+    if match[3] != b"1":
+        raise ServiceError("This service speaks HTTP/1.1", status=505)
+    return match[1], match[2], match[4]
 
-    waitress takes the whole body before the application sees a byte: anyone could fill the disk.
+
+class Answer(NamedTuple):
+    """An answer, ready to be sent."""
+
+    status: int
+    head: bytes
+    body: bytes | Excerpt
+    keep: bool  # the connection open
+
+    @classmethod
+    def make(
+        cls,
+        status: str,
+        headers: Iterable[tuple[str, str]],
+        body: bytes | Excerpt,
+        version: str = "1.1",
+        keep: bool = False,
+    ) -> Answer:
+        lines = [f"HTTP/{version} {status}", *(f"{name}: {value}" for name, value in headers)]
+        lines.append(f"Date: {format_http_date(int(time.time()))}")
+        if not keep:
+            lines.append("Connection: close")
+        elif version == "1.0":
+            lines.append("Connection: Keep-Alive")
+        return cls(int(status[:3]), "\r\n".join([*lines, "", ""]).encode("latin-1"), body, keep)
+
+    @classmethod
+    def refuse(cls, application: Application, error: Exception, is_head: bool) -> Answer:
+        """Return the answer to what is no request, or has a body of no use: the last one."""
+        if not isinstance(error, ServiceError):
+            log.error("a request could not be answered", exc_info=error)
+            error = ServiceError()
+        response = application.error_response(error)
+        body = response.body.encode()
+        headers = [*response.headerlist, ("Content-Length", str(len(body)))]
+        return cls.make(response.status_line, headers, b"" if is_head else body)
+
+
+class Request(HTTPRequestParser):
+    """A request: its header, its body as it arrives, its answer.
+
+    waitress's parser splits lines and target, decodes, joins what is given twice, counts. All of
+    its names in use: parse_header() and what that raises; headers, command, path, query,
+    proxy_netloc, content_length, chunked, expect_continue. What precedes its call keeps its
+    patterns from quadratic time, and its errors, which quote tokens, from the client. It reads no
+    body: its chunks may end in a bare LF, and it copies all that is left for each of them.
     """
 
-    application: Application | None = None
-    limit = 0  # of the body
-    error: Any = None
-    first_line = b""
-
-    def parse_header(self, header_plus: bytes) -> None:
-        self.first_line = header_plus.partition(b"\r\n")[0].rstrip()
-        # Elsewhere waitress's patterns take quadratic time: minutes for one header of 128 KiB.
-        if not REQUEST_LINE.fullmatch(self.first_line) or BLANKS.search(header_plus):
-            raise ParsingError("The request line, or a folded or very blank header")
-        super().parse_header(header_plus)
-        # Where a proxy in front may see another end of the request: RFC 9112, 6.1 and 6.3.
-        codings = [coding.lower() for coding in TRANSFER_ENCODING.findall(header_plus)]
-        if codings and (codings != [b"chunked"] or "CONTENT_LENGTH" in self.headers):
-            raise ParsingError("Transfer-Encoding takes chunked, and no Content-Length beside it")
-        if codings and not self.chunked:
-            raise ParsingError("Transfer-Encoding is not in HTTP/1.0")
-        for option in self.headers.get("CONNECTION", "").lower().split(","):
-            if option.strip() in ("close", "keep-alive"):  # waitress knows it standing alone
-                self.headers["CONNECTION"] = option.strip()
-
-    def received(self, data: bytes) -> int:
-        """Take the next bytes; return how many of them belong to this request."""
-        in_header = self.body_rcv is None
-        # waitress cuts chunks off a block one by one, copying the rest each time.
-        step = 4 * KIB if self.chunked else len(data)
-        consumed = 0
+    def __init__(
+        self, header: bytes, application: Application, local: Address, peer: Address
+    ) -> None:
+        """Read a header, without its empty line; raises BadRequest or another status."""
+        super().__init__(Adjustments)  # the class itself: its attributes are the defaults
+        self._application = application
+        line, _, lines = header.partition(b"\r\n")
+        method, target, minor = parse_request_line(line)
+        self.version = "1.0" if minor == b"0" else "1.1"
+        if not HEADER_LINES.fullmatch(lines):
+            raise BadRequest("A line of the header is not of the form Name: value")
+        if b"\t" in lines or b"   " in lines:  # long runs of blanks take waitress minutes
+            parts = (line.partition(b":") for line in lines.splitlines())
+            lines = b"".join(b"%b:%b\r\n" % (name, value.strip()) for name, _, value in parts)
+        first = b"%b %b HTTP/%b\r\n" % (method, target, self.version.encode())
         try:
-            with telling_full():
-                while consumed < len(data) and not self.completed:
-                    consumed += super().received(data[consumed : consumed + step])
-                    if in_header:
-                        break
-            if self.application and self.body_rcv is not None and not self.error:
-                self._admit(self.application) if in_header else self._watch(self.application)
-        except ServiceError as error:
-            self._refuse(error)
-        except ValueError:  # which waitress lets out for some addresses and lengths
-            self._refuse(BadRequest("The request cannot be understood"))
-        except Exception:
-            log.exception("a request could not be taken")
-            self._refuse(ServiceError())
-        return len(data) if self.error else consumed  # what follows a fault is no request
+            self.parse_header(first + lines)
+        except TransferEncodingNotImplemented:
+            raise ServiceError("Transfer-Encoding takes chunked alone", status=501) from None
+        except (ParsingError, ValueError):
+            raise BadRequest("The address, or the Content-Length, is none") from None
+        # Where a proxy in front may see another end of the request: RFC 9112, 6.1 and 6.3.
+        codings = [coding.strip().lower() for coding in TRANSFER_CODING.findall(first + lines)]
+        sound = self.chunked and codings == [b"chunked"] and "CONTENT_LENGTH" not in self.headers
+        if codings and not sound:
+            wanted = "chunked alone, in HTTP/1.1, without Content-Length"
+            raise BadRequest(f"Transfer-Encoding takes {wanted}")
+        if self.version == "1.1":
+            self.headers.setdefault("HOST", "")
+        hosts = [self.headers[name] for name in self.headers if name == "HOST"]
+        if not target.startswith((b"/", b"*")):  # RFC 9112, 3.2.2: its host is the one that counts
+            self.headers["HOST"] = self.proxy_netloc
+            hosts.append(self.proxy_netloc)
+        if not all(map(AUTHORITY.fullmatch, hosts)):  # two headers are one with a blank in it
+            raise BadRequest("A request names its host in one header Host: example.com:8000")
+        self.environ = self._environ(local, peer)
 
-    def _refuse(self, error: ServiceError) -> None:
-        self.error, self.completed = error, True
+    def _environ(self, local: Address, peer: Address) -> dict[str, Any]:
+        """Return the request as WSGI has it: PEP 3333."""
+        environ = {
+            "REQUEST_METHOD": self.command,
+            "SCRIPT_NAME": "",
+            "PATH_INFO": self.path,
+            "QUERY_STRING": self.query,
+            "SERVER_NAME": local[0],
+            "SERVER_PORT": str(local[1]),
+            "SERVER_PROTOCOL": f"HTTP/{self.version}",
+            "REMOTE_ADDR": peer[0],
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.input": io.BytesIO(),
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": True,
+            "wsgi.run_once": False,
+            "wsgi.file_wrapper": lambda file, _=0: file,  # answer() takes an Excerpt as it is
+        }
+        for name, value in self.headers.items():
+            environ[name if name.startswith("CONTENT_") else "HTTP_" + name] = value
+        return environ
 
-    def _admit(self, application: Application) -> None:
-        """Ask the application what it thinks of the header."""
-        environ = {"HTTP_" + name: value for name, value in self.headers.items()}
-        environ |= {"REQUEST_METHOD": self.command, "PATH_INFO": self.path}
-        length = self.headers.get("CONTENT_LENGTH", "")
-        environ |= {"QUERY_STRING": self.query, "CONTENT_LENGTH": length}
-        self.limit = application.admit(environ)
+    @property
+    def has_body(self) -> bool:
+        return bool(self.chunked or self.content_length)
 
-    def _watch(self, application: Application) -> None:
-        """Check a body while it arrives: others may fill the disk, and chunks announce nothing."""
-        receiver = self.body_rcv
-        if len(receiver) > self.limit or self.body_bytes_received > 8 * self.limit + JSON_LIMIT:
-            raise TooLarge(self.limit)  # also of bytes that only say where chunks end
-        if self.chunked and len(receiver.control_line) + len(receiver.trailer) > LONGEST_CONTROL:
-            raise BadRequest("The line before a chunk, or the trailer, is too long")
-        if len(receiver) > self.adj.inbuf_overflow:
-            require_space(application.binaries.uploads)
+    def receive(self, received: bytearray, limit: int) -> Life:
+        """Take the body out of what is received, to a file; yield where more must come.
+
+        Raises BadRequest, TooLarge, StorageFull.
+        """
+        self._limit, self._size = limit, 0
+        folder = self._application.binaries.uploads
+        with full_disk_as_error():
+            # In the data folder: the /tmp of a gateway is often memory.
+            self._body = tempfile.SpooledTemporaryFile(JSON_LIMIT, dir=str(folder))
+            self.environ["wsgi.input"] = self._body
+            if self.chunked:
+                yield from self._receive_chunks(received)
+            else:
+                yield from self._store(received, self.content_length)
+            self._body.seek(0)
+        self.environ["CONTENT_LENGTH"] = str(self._size)
+
+    def _store(self, received: bytearray, size: int) -> Life:
+        while size:
+            if not received:
+                yield BODY
+            block = received[:size]
+            del received[:size]
+            size -= len(block)
+            self._size += len(block)
+            if self._size > self._limit:
+                raise TooLarge(self._limit)
+            if self._size > JSON_LIMIT:  # several that fit alone may fill the disk together
+                require_space(self._application.binaries.uploads, len(block))
+            self._body.write(block)
+
+    def _receive_chunks(self, received: bytearray) -> Life:
+        """Take a chunked body: RFC 9112, 7.1."""
+        overhead = trailer = 0
+        while True:
+            line = yield from self._line(received)
+            overhead += len(line)
+            match = CHUNK_LINE.fullmatch(line)
+            if not match:
+                raise BadRequest("The line before a chunk is not its size in hexadecimal digits")
+            if overhead > 8 * self._limit + JSON_LIMIT:
+                raise TooLarge(self._limit)
+            size = int(match[1], 16)
+            if not size:
+                break
+            yield from self._store(received, size)
+            if (yield from self._line(received)):
+                raise BadRequest("A chunk is longer than it says")
+        while line := (yield from self._line(received)):
+            trailer += len(line)
+            if trailer > CHUNK_LINE_LIMIT:
+                raise BadRequest("The trailer is too long")
+
+    def _line(self, received: bytearray) -> Generator[str, Any, bytes]:
+        """Take a line that ends in CR LF, and nothing else."""
+        while (end := received.find(b"\n", 0, CHUNK_LINE_LIMIT)) < 0:
+            if len(received) > CHUNK_LINE_LIMIT:
+                raise BadRequest("The line before a chunk, or the trailer, is too long")
+            yield BODY
+        line = bytes(received[: end + 1])
+        del received[: end + 1]
+        if not line.endswith(b"\r\n") or b"\r" in line[:-2]:
+            raise BadRequest("A line of a chunked body does not end in CR LF")
+        return line[:-2]
+
+    def is_quick(self) -> bool:
+        return self._application.is_quick(self.command, self.path, self.query)
+
+    def answer(self, last: bool) -> Answer:
+        """Run the application; `last` where the connection is to end with this answer."""
+        started: list[Any] = []
+
+        def start_response(status: str, headers: list[tuple[str, str]], *_: object) -> None:
+            started[:] = status, headers
+
+        try:
+            content = self._application(self.environ.copy(), start_response)
+            body = content if isinstance(content, Excerpt) else b"".join(content)
+            status, headers = started
+        except Exception as error:
+            return Answer.refuse(self._application, error, self.command == "HEAD")
+        wish = {option.strip() for option in self.headers.get("CONNECTION", "").lower().split(",")}
+        keep = "close" not in wish and (self.version == "1.1" or "keep-alive" in wish)
+        # What follows a refused upload without a length may be its body, and no request.
+        unframed = not self.chunked and "CONTENT_LENGTH" not in self.headers
+        doubtful = unframed and self.command in ("PUT", "POST", "PATCH") and status >= "4"
+        keep = keep and not last and not doubtful
+        return Answer.make(status, headers, body, self.version, keep)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a spool file that the disk had no room for
-            super().close()
+        with contextlib.suppress(OSError):  # of a file that the disk had no room for
+            self.environ["wsgi.input"].close()
 
 
-class FaultTask(ErrorTask):
-    """Answers what the parser refused, in the service's own form."""
+class Connection(asyncio.Protocol):
+    """A client's connection, in the loop.
 
-    def execute(self) -> None:
-        error, head = self.request.error, self.request.first_line.startswith(b"HEAD ")
-        if not isinstance(error, ServiceError):  # one that waitress found
-            status, error = error.code, ServiceError(f"{error.reason}: {error.body}")
-            error.status = status
-        told = self.channel.server.application.tell(error)
-        self.status, body = told.status_line, told.body.encode()
-        self.response_headers.extend(told.headerlist)
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(b"" if head else body)
-
-
-class Task(WSGITask):
-    """Keeps the connection open after 204 and 304, where waitress misses a Content-Length."""
-
-    wrote_header = False
-
-    def set_close_on_finish(self) -> None:
-        wish = self.request.headers.get("CONNECTION", "").lower()
-        if self.has_body or wish == "close" or (self.version == "1.0" and wish != "keep-alive"):
-            super().set_close_on_finish()
-        elif self.version == "1.0":
-            self.response_headers.append(("Connection", "Keep-Alive"))
-
-    def write(self, data: bytes) -> None:
-        """Send a small body together with the header: one packet, and one call instead of two."""
-        if not self.wrote_header and 0 < len(data) == self.content_length and self.has_body:
-            header = self.build_response_header()
-            self.wrote_header, self.content_bytes_written = True, len(data)
-            self.channel.write_soon(header + data)
-        else:
-            super().write(data)
-
-
-class Channel(HTTPChannel):
-    """A connection."""
-
-    parser_class, task_class, error_task_class = Parser, Task, FaultTask
-    request: Any = None  # that is arriving
-    close_when_flushed = False
-    watched = 0  # the events that the server waits for
-    unread = b""  # the begin of the next request
-    linger_until, lingered = 0.0, 0
-
-    def received(self, data: bytes) -> bool:
-        """Take what came, up to the end of one request.
-
-        waitress takes all requests that are there. Before a later one, a thread then waits until
-        a slow client has got the answer to the earlier.
-        """
-        with self.requests_lock:
-            data = self.unread + data
-            while data and not (self.requests or self.will_close or self.close_when_flushed):
-                if self.request is None:
-                    self.request = self.parser_class(self.adj)
-                    self.request.application = self.server.application
-                request = self.request
-                data = data[request.received(data) :]
-                if request.completed:
-                    self.request, self.sent_continue = None, False
-                    if not request.empty:
-                        self.requests.append(request)
-                elif request.expect_continue and request.headers_finished:
-                    self.send_continue()  # which waitress does for what is refused as well
-            self.unread = data
-        if self.requests:
-            self._begin(self.requests[0])
-        return True
-
-    def _begin(self, request: Any) -> None:
-        """Have a request answered: at once if that is quick, else by a thread.
-
-        Handing a request of 100 us to a thread and back, with the interpreter lock between them,
-        takes longer than the request: 4 KiB ranges went from 2,500 to 5,000 a second, a figure that
-        changed from minute to minute, to a steady 6,000.
-        """
-        quick = self.server.application.is_quick
-        if not request.error and quick(request.command, request.path, request.query):
-            self.service()
-        else:
-            self.server.add_task(self)
-
-    def readable(self) -> bool:
-        if self.unread and super().readable():
-            self.received(b"")
-        return bool(self.linger_until or (super().readable() and not self.unread))
-
-    def writable(self) -> bool:
-        # A thread that is sending sends for itself. With waitress's own answer poll() returns at
-        # once, over and over, and takes the interpreter from that thread: fleets on keep-alive
-        # connections fell from 8,000 requests a second to a few hundred, in one run of five.
-        if self.requests and not (self.will_close or self.close_when_flushed):
-            return bool(self.total_outbufs_len > self.adj.outbuf_high_watermark)
-        return bool(super().writable())
-
-    def handle_write(self) -> None:
-        # Closing with bytes unread resets the connection, and the client may lose the answer:
-        # RFC 9112, 9.6. So whoever still sends is heard out, within bounds.
-        linger = self.close_when_flushed
-        if linger:
-            self.close_when_flushed = False
-        super().handle_write()
-        if linger and self.total_outbufs_len:
-            self.close_when_flushed = True
-        elif linger and self.connected:
-            with contextlib.suppress(OSError):
-                self.socket.shutdown(socket.SHUT_WR)
-            self.linger_until = time.monotonic() + LINGER
-
-    def handle_read(self) -> None:
-        if not self.linger_until:
-            super().handle_read()
-            return
-        self.lingered += len(self.recv(self.adj.recv_bytes))
-        if self.lingered > LINGER_BYTES and self.connected:
-            self.handle_close()
-
-    def service(self) -> None:
-        self.server.serving.channel = self
-        try:
-            super().service()
-        finally:
-            self.server.serving.channel = None
-
-    def add_channel(self, map: dict[int, Any] | None = None) -> None:
-        super().add_channel(map)
-        self.requests: list[Parser] = []
-        self.server.watch(self)
-
-    def del_channel(self, map: dict[int, Any] | None = None) -> None:
-        self.server.forget(self)
-        super().del_channel(map)
-        if self.request is not None:
-            self.request.close()  # and its spool file, which a thread's memory of it may keep
-
-    def in_flight(self) -> bool:
-        """Tell whether a request is in whose answer is not yet out."""
-        arriving = self.request is not None and self.request.headers_finished
-        return bool(self.requests or self.total_outbufs_len or self.unread or arriving)
-
-
-class Threads(ThreadedTaskDispatcher):
-    """waitress's threads, which can be waited for."""
-
-    # The one of waitress prints a line for each request that waits for a thread.
-    queue_logger = logging.Logger("image_manager.queue", logging.ERROR)
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.started: list[threading.Thread] = []
-        self.set_thread_count(count)
-
-    def start_new_thread(self, target: Callable[..., None], thread_no: int) -> None:
-        name = f"image-manager-{thread_no}"
-        thread = threading.Thread(target=target, name=name, args=(thread_no,), daemon=True)
-        self.started.append(thread)
-        thread.start()
-
-    def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> bool:
-        done = super().shutdown(cancel_pending, timeout)
-        for thread in self.started:
-            thread.join(timeout)
-        return bool(done)
-
-
-class Server(TcpWSGIServer):
-    """Serves on a listening socket, in the thread that calls run().
-
-    It asks a connection what to wait for only after something happened to it. waitress's own
-    loop asks all of them every time: 1,000 idle ones took a third of the requests a second.
+    Its life is a generator that yields what it waits for; _step() goes on with it.
     """
 
-    channel_class = Channel
-    watched = 0
+    def __init__(self, server: Server) -> None:
+        self._server, self._loop = server, asyncio.get_running_loop()
+        self._received = bytearray()
+        self._waits_for = ""
+        self._half_closed = self._lost = self._blocked = False
+        self._life = self._live()
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        # None is what a client leaves that has reset the connection already.
+        self._local = transport.get_extra_info("sockname") or ("", 0)
+        self._peer = transport.get_extra_info("peername") or ("", 0)
+        transport.set_write_buffer_limits(0)  # resume_writing() comes when all is sent
+        self._server.connections.add(self)
+        self._step()
+        try:  # asyncio would only log that this socket cannot be watched, and leave it open
+            transport.pause_reading()
+            transport.resume_reading()
+        except OSError as error:
+            self._server.complain(error)
+            transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        if self._waits_for in READING:
+            self._step()
+        else:  # one request at a time: what comes behind it stays in the socket
+            self._transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        self._half_closed = True
+        if self._waits_for in READING:
+            self._step()
+        return True  # the client may still read
+
+    def pause_writing(self) -> None:
+        self._blocked = True
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+        self._go_on(ROOM)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._lost = True
+        self._server.forget(self)
+        if self._waits_for != THREAD:  # else the thread's answer must be closed first
+            self._waits_for = ""
+            self._life.close()
+
+    # The life of a connection.
+
+    def _step(self, value: object = None) -> None:
+        """Go on until there is something to wait for again."""
+        try:
+            self._waits_for = self._life.send(value)
+            reading = self._waits_for in READING and not self._half_closed
+            if reading and not self._transport.is_reading():
+                self._transport.resume_reading()
+        except StopIteration:
+            self._waits_for = ""
+            self._transport.close()
+        except Exception:
+            log.exception("a connection failed")
+            self._waits_for = ""
+            self._transport.abort()
+
+    def _go_on(self, event: str, value: object = None) -> None:
+        if self._waits_for == event:
+            self._step(value)
+
+    def _touch(self) -> None:
+        self.deadline = self._loop.time() + IDLE
+
+    def _live(self) -> Life:
+        """Answer one request after the other, then close."""
+        keep = True
+        while keep:
+            header = b""
+            try:
+                header = yield from self._header()
+                answer = (yield from self._answer(header)) if header else None
+            except Exception as error:
+                is_head = (header or self._received).startswith(b"HEAD ")
+                answer = Answer.refuse(self._server.application, error, is_head)
+            if not answer or self._lost:
+                if answer and isinstance(answer.body, Excerpt):
+                    answer.body.close()
+                return
+            yield from self._send(answer)
+            keep = answer.keep
+            if keep and self._received:  # a pipeline lets the others in between
+                yield from self._turn()
+        yield from self._linger()
+
+    def _header(self) -> Generator[str, Any, bytes]:
+        """Return the next header, nothing where the client sends no more.
+
+        Raises BadRequest and others for what cannot become one, without waiting for its end, which
+        a TLS hello or a request with bare LF never has.
+        """
+        received, checked, line_checked = self._received, 0, False
+        self._touch()
+        while True:
+            if match := EMPTY_LINES.match(received):  # RFC 9112, 2.2
+                del received[: match.end()]
+                checked = 0
+            end = received.find(b"\r\n\r\n", max(checked - 3, 0))
+            if (len(received) if end < 0 else end) > HEADER_LIMIT:
+                raise ServiceError(f"The header has more than {HEADER_LIMIT} bytes", status=431)
+            if end >= 0:
+                header = bytes(received[: end + 2])
+                del received[: end + 4]
+                return header
+            if not REQUEST_START.match(received):
+                raise BadRequest("This is no request of HTTP/1.1: a method comes first")
+            if STRAY_LINE_END.search(received, max(checked - 1, 0)):
+                raise BadRequest("The lines of a header end in CR LF, and have neither inside")
+            if not line_checked and (length := received.find(b"\r\n", max(checked - 1, 0))) >= 0:
+                parse_request_line(bytes(received[:length]))
+                line_checked = True
+            if self._half_closed:
+                return b""
+            begun, checked = bool(checked), len(received)
+            yield HEADER
+            if not begun:
+                self._touch()
+
+    def _answer(self, header: bytes) -> Generator[str, Any, Answer | None]:
+        """Return the answer to a request, None where the client has gone."""
+        application = self._server.application
+        with contextlib.closing(Request(header, application, self._local, self._peer)) as request:
+            if request.has_body:
+                limit = application.admit(request.environ.copy())
+                if request.expect_continue and not self._received:
+                    self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                for event in request.receive(self._received, limit):
+                    if self._half_closed:
+                        return None
+                    self._touch()
+                    yield event
+            last = self._server.stopping and not self._received
+            answer = request.answer(last) if request.is_quick() else None
+            # 503: the catalogue is locked, and nothing waits in the loop.
+            if not answer or answer.status == 503:
+                self.deadline = math.inf
+                self._server.in_thread(request, last, functools.partial(self._go_on, THREAD))
+                answer = yield THREAD
+            return answer
+
+    def _send(self, answer: Answer) -> Life:
+        """Send an answer as the client takes it."""
+        self._touch()
+        if isinstance(answer.body, bytes) and len(answer.body) <= SEND_BLOCK:
+            self._transport.write(answer.head + answer.body)
+        else:
+            self._transport.write(answer.head)
+            yield from self._send_body(answer.body)
+        if self._blocked:
+            yield ROOM
+
+    def _send_body(self, body: bytes | Excerpt) -> Life:
+        sending: asyncio.Task[None] | None = None
+        content = io.BytesIO(body) if isinstance(body, bytes) else body
+        try:
+            if isinstance(content, Excerpt) and content.in_one_piece():
+                sending = self._loop.create_task(self._sendfile(content))
+                sending.add_done_callback(lambda _: self._go_on(FILE))
+                yield FILE
+            while block := content.read(SEND_BLOCK):
+                self._transport.write(block)
+                if self._blocked:
+                    yield ROOM
+                else:
+                    yield from self._turn()
+                self._touch()
+        finally:
+            if sending and sending.cancel():  # the system may still be at the file
+                sending.add_done_callback(lambda _: content.close())
+            else:
+                content.close()
+
+    async def _sendfile(self, content: Excerpt) -> None:
+        """Have the system send what stands in one piece; what it cannot is left to be read."""
+        try:
+            while place := content.in_one_piece():
+                file, offset, left = place
+                size = min(left, SENDFILE_BLOCK)
+                # How far it has got only its end tells: as slow as with blocks it may be.
+                self.deadline = self._loop.time() + IDLE * max(1, size / SEND_BLOCK)
+                sent = await self._loop.sendfile(
+                    self._transport, file, offset, size, fallback=False
+                )
+                if not sent:
+                    break
+                content.seek(sent, os.SEEK_CUR)
+        except asyncio.SendfileNotAvailableError:
+            pass
+        except (OSError, RuntimeError):  # the client has gone
+            self._transport.abort()
+
+    def _turn(self) -> Life:
+        self._loop.call_soon(self._go_on, TURN)
+        yield TURN
+
+    def _linger(self) -> Life:
+        """End the answers, and keep reading until the client ends too: RFC 9112, 9.6."""
+        with contextlib.suppress(OSError):
+            self._transport.write_eof()
+        self.deadline, heard = self._loop.time() + LINGER, 0
+        while not self._half_closed and heard <= LINGER_BYTES:
+            heard += len(self._received)
+            self._received.clear()
+            yield END
+
+    # What the server asks and does.
+
+    def is_idle(self) -> bool:
+        return self._waits_for in (HEADER, END)
+
+    def close(self) -> None:
+        self._transport.abort()
+
+
+class Server:
+    """Serves an application on a listening socket, in the thread that calls run()."""
 
     def __init__(self, application: Application, listener: socket.socket) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._touched: set[Channel] = set()  # by threads, for the loop to look at
-        self.serving = threading.local()
-        self._stopping, self._grace, self._next_look = False, 0.0, 0.0
-        adjustments = Adjustments(
-            clear_untrusted_proxy_headers=False,  # none is looked at
-            connection_limit=connection_limit(),
-            ident=None,
-            inbuf_overflow=JSON_LIMIT,
-            log_socket_errors=False,
-            max_request_body_size=sys.maxsize,  # the parser knows better
-            max_request_header_size=128 * KIB,
-            recv_bytes=64 * KIB,
-            server_name=application.settings.host,
-        )
-        super().__init__(
-            application,
-            map={},
-            _sock=listener,
-            dispatcher=Threads(application.settings.threads),
-            adj=adjustments,
-            sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
-            bind_socket=False,
-        )
-        self._loop, self._trigger_lock = 0, threading.RLock()
-        if os.name == "posix":
-            os.set_blocking(self.trigger.trigger, False)
-        self.trigger.watched = 0
-        self.watch(self.trigger)
-
-    def _wanted(self, channel: Any) -> int:
-        """Return what a connection waits for; what goes wrong ends it alone."""
-        wanted = 0
-        try:
-            wanted |= selectors.EVENT_READ if channel.readable() else 0
-            wanted |= selectors.EVENT_WRITE if channel.writable() else 0
-        except Exception:
-            channel.handle_error()
-        return wanted
-
-    def watch(self, channel: Any) -> None:
-        """Wait for what a connection wants: until that is settled, as threads may change it."""
-        while True:
-            wanted = self._wanted(channel)
-            if channel._fileno is None or wanted == channel.watched:
-                return
-            if not channel.watched:
-                self._selector.register(channel._fileno, wanted, channel)
-            elif wanted:
-                self._selector.modify(channel._fileno, wanted, channel)
-            else:
-                self._selector.unregister(channel._fileno)
-            channel.watched = wanted
-
-    def forget(self, channel: Any) -> None:
-        """Wait no more for a connection that is to be closed."""
-        if channel.watched:
-            self._selector.unregister(channel._fileno)
-            channel.watched = 0
-
-    def pull_trigger(self) -> None:
-        """Wake the loop for the connection that this thread serves, if it is needed for that."""
-        channel = getattr(self.serving, "channel", None)
-        if channel is not None:
-            ending = channel.will_close or channel.close_when_flushed
-            left = channel.total_outbufs_len or channel.unread
-            if channel.watched == selectors.EVENT_READ and not (ending or left):
-                return
-            self._touched.add(channel)
-            if threading.get_ident() == self._loop:
-                return  # it looks at what was touched before it waits again
-        with self._trigger_lock, contextlib.suppress(BlockingIOError):  # full, it wakes anyway
-            if not self.trigger._closed:
-                super().pull_trigger()
-
-    def _turn(self, seconds: float = 1.0) -> None:
-        """Wait until something happens, for a second at most, and see to it."""
-        self.watch(self)  # accepts no more above the limit
-        for key, events in self._selector.select(0 if self._touched else seconds):
-            channel: Any = key.data
-            ready = events & self._wanted(channel)
-            if ready & selectors.EVENT_WRITE:
-                wasyncore.write(channel)
-            if ready & selectors.EVENT_READ and channel._fileno is not None:
-                wasyncore.read(channel)
-            # That it may be read stays watched during a request, unless something does come.
-            if ready != events or channel.writable():
-                self.watch(channel)
-        for _ in range(len(self._touched)):  # what they touch again comes after the others
-            self.watch(self._touched.pop())
-        if time.monotonic() >= self._next_look:
-            self._look()
-
-    def _look(self) -> None:
-        """Look at every connection, for what comes with time alone."""
-        now = time.monotonic()
-        self._next_look = now + 1
-        for channel in list(self.active_channels.values()):
-            if self._stopping and (channel.linger_until or not channel.in_flight()):
-                channel.will_close = True
-            if channel.linger_until and now > channel.linger_until:
-                channel.will_close = True
-            if channel.will_close and not channel.requests:
-                channel.handle_close()  # whether or not it takes what is left to send
-            self.watch(channel)
+        self.application, self._listener = application, listener
+        self.connections: set[Connection] = set()
+        self.stopping, self._grace, self._next_complaint = False, 0.0, 0.0
+        self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
+        self._places = asyncio.Semaphore(connection_limit())
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
     def run(self) -> None:
         """Serve until stop() is called, then let the requests in flight finish."""
-        self._loop = threading.get_ident()
+        count = self.application.settings.threads
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
         try:
-            while not self._stopping:
-                self._turn()
-            deadline = time.monotonic() + self._grace
-            accepted = -1
-            while accepted < len(self.active_channels):  # what waits has been sent already
-                accepted = len(self.active_channels)
-                self.handle_accept()
-            self._stop_accepting()
-            self._turn(0)
-            self._look()
-            while self.active_channels and time.monotonic() < deadline:
-                self._turn()
-                self._look()
+            for thread in threads:
+                thread.start()
+            self._loop.run_until_complete(self._serve())
         finally:
-            self.close()
+            for _ in threads:
+                self._jobs.put(None)
+            for thread in threads:
+                thread.join()
+            self._loop.run_until_complete(asyncio.sleep(0))  # answers to who has gone are closed
+            self._loop.close()
+
+    def _work(self) -> None:
+        """Answer requests in a thread, one after the other."""
+        while job := self._jobs.get():
+            request, last, done = job
+            self._loop.call_soon_threadsafe(done, request.answer(last))
+
+    def in_thread(self, request: Request, last: bool, done: Callable[[Answer], None]) -> None:
+        """Have a thread answer a request; the loop then calls done()."""
+        self._jobs.put((request, last, done))
 
     def stop(self, grace: float) -> None:
-        """Have run() return, at the latest after `grace` seconds."""
-        self._stopping, self._grace = True, grace
-        self.serving.channel = None  # a signal may come while this thread serves
-        self.pull_trigger()
+        """Have run() return, after `grace` seconds at most; for other threads and for signals."""
+        self._grace, self.stopping = grace, True
+        with contextlib.suppress(RuntimeError):  # it has returned
+            self._loop.call_soon_threadsafe(self._stop.set)
 
-    def _stop_accepting(self) -> None:
-        if self._fileno is not None:
-            self.forget(self)
-            wasyncore.dispatcher.close(self)
+    async def _serve(self) -> None:
+        self.application.catalogue.never_wait()
+        self._listener.setblocking(False)
+        accepting = self._loop.create_task(self._accept())
+        closing = self._loop.create_task(self._close_overdue())
+        await self._stop.wait()
+        for _ in range(10):  # turns in which who waits in the backlog, and what was sent, comes in
+            await asyncio.sleep(0)
+        accepting.cancel()
+        await asyncio.gather(accepting, return_exceptions=True)
+        self._listener.close()
+        await self._drain()
+        closing.cancel()
 
-    def close(self) -> None:
-        """Close all that is open, and end the threads."""
-        self._stop_accepting()
-        for channel in list(self.active_channels.values()):
-            channel.handle_close()
-        self.task_dispatcher.shutdown(timeout=1)
-        self.forget(self.trigger)
-        with self._trigger_lock:
-            self.trigger.close()
-        self._selector.close()
+    async def _accept(self) -> None:
+        """Take clients, as long as there is a place for them; the others wait in the backlog."""
+        opening = set()
+        while True:
+            await self._places.acquire()
+            task = self._loop.create_task(self._open(await self._next_client()))
+            opening.add(task)
+            task.add_done_callback(opening.discard)
+
+    async def _next_client(self) -> socket.socket:
+        while True:
+            try:
+                return (await self._loop.sock_accept(self._listener))[0]
+            except OSError as error:
+                if not isinstance(error, ConnectionError):  # of a client that has left already
+                    self.complain(error)
+                    await asyncio.sleep(1)  # others may give back files or memory
+
+    async def _open(self, client: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(lambda: Connection(self), client)
+        except OSError as error:
+            self.complain(error)
+            client.close()
+            self._places.release()
+
+    def complain(self, error: OSError) -> None:
+        """Log that a connection cannot be taken, once a minute."""
+        if self._loop.time() >= self._next_complaint:
+            self._next_complaint = self._loop.time() + 60
+            log.error("a connection cannot be taken (%s): trying again every second", error)
+
+    def forget(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        self._places.release()
+
+    async def _close_overdue(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            now = self._loop.time()
+            for connection in list(self.connections):
+                if now > connection.deadline:
+                    connection.close()
+
+    async def _drain(self) -> None:
+        """Let the requests in flight finish."""
+        deadline = self._loop.time() + self._grace
+        while self.connections and self._loop.time() < deadline:
+            for connection in list(self.connections):
+                if connection.is_idle():
+                    connection.close()
+            await asyncio.sleep(0.005)
+        for connection in list(self.connections):
+            connection.close()
+        await asyncio.sleep(0)
 
 
 def connection_limit() -> int:
@@ -2626,7 +2849,7 @@ def connection_limit() -> int:
     except ImportError:  # Windows, whose select() takes 512
         return 400
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(100, min(10_000, files // 2 - 50))
+    return max(4, min(10_000, (files - 40) // 2))
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -2800,7 +3023,6 @@ def serve(settings: Settings) -> int:
             program = [sys.executable or "python", sys.argv[0]]
             command = [*program, "token", "--data", str(settings.data)]
             told.append(f"get a token with: {shlex.join(command)}")
-        tempfile.tempdir = str(settings.data / "tmp")  # the /tmp of a gateway is often memory
         ready = functools.partial(print, *told, sep="\n", file=sys.stderr, flush=True)
         (supervise if settings.workers > 1 else serve_here)(settings, listener, ready)
     for number in ENDING:
