@@ -97,7 +97,6 @@ import sys
 import tempfile
 import threading
 import time
-import unicodedata
 import urllib.parse
 import uuid
 import warnings
@@ -232,6 +231,10 @@ class Unavailable(ServiceError):
     status, message = 503, "The catalogue is busy: try again"
 
 
+class MustWait(Unavailable):
+    """Is raised where a thread that never waits finds the catalogue locked."""
+
+
 class StorageFull(ServiceError):
     status, message = 507, "The disk is full: delete images or make room, then try again"
 
@@ -350,6 +353,7 @@ def sync_folder(path: Path) -> None:
 READ, WRITE, DELETE = RIGHTS = ("image:read", "image:write", "image:delete")
 LEEWAY = 30  # seconds that the clock of whoever made a token may be off
 LONGEST_LINK = 30 * 86400  # seconds
+CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f]")  # all of Unicode's category Cc
 UNCHECKED = ("verify_exp", "verify_nbf", "verify_iat", "verify_sub", "verify_jti")
 
 
@@ -362,7 +366,7 @@ def text_faults(value: object) -> list[str]:
     faults = {
         "Shorter than minimum length 1.": not value,
         "Longer than maximum length 128.": len(value) > 128,
-        "Contains control characters.": any(unicodedata.category(c) == "Cc" for c in value),
+        "Contains control characters.": CONTROL_CHARACTERS.search(value),
     }
     return [reason for reason, found in faults.items() if found]
 
@@ -973,7 +977,8 @@ class Catalogue:
         self._idle: dict[bool, list[sqlite3.Connection]] = {True: [], False: []}
         self._thread = threading.local()
         # Threads queue here. SQLite's own waiting, for other processes, sleeps for up to 100 ms.
-        self._writing = threading.Lock()
+        self._writing = threading.RLock()
+        self._additions: list[dict[str, Any]] = []  # that no thread has begun to record
         try:
             with self._transaction() as connection:
                 self._migrate(connection)
@@ -998,7 +1003,7 @@ class Catalogue:
             connection.execute(f"PRAGMA user_version = {number}")
 
     def never_wait(self) -> None:
-        """Raise Unavailable at once, in the thread that calls this, where another process locks."""
+        """Have this thread get MustWait at once where another process has locked the catalogue."""
         self._thread.waits = False
 
     def _open(self, waits: bool) -> sqlite3.Connection:
@@ -1028,7 +1033,8 @@ class Catalogue:
             if connection:
                 connection.close()
                 connection = None
-            known = {"disk is full": StorageFull, "is locked": Unavailable}
+            locked = Unavailable if waits else MustWait
+            known = {"disk is full": StorageFull, "is locked": locked}
             found = [kind for words, kind in known.items() if words in str(error)]
             raise (found or [Damaged])[0]() from error
         finally:
@@ -1076,13 +1082,27 @@ class Catalogue:
                     idle.pop().close()
 
     def add(self, tenant: str, label: str, fw_version: str) -> tuple[str, str]:
-        """Add an image; return its id and when it was created."""
-        image_id, precedence = str(uuid.uuid4()), semver_key(fw_version)
-        values = {"id": image_id, "tenant": tenant, "label": label, "fw_version": fw_version}
-        with self._transaction() as connection:
-            now = now_text()  # under the write lock, so that the times are in the order of rows
-            connection.execute(ADD, {**values, "precedence": precedence, "now": now})
-        return image_id, now
+        """Add an image; return its id and when it was created.
+
+        One sync of the disk does for all who wait for it: the first of them records the others.
+        """
+        new: dict[str, Any] = {"id": str(uuid.uuid4()), "tenant": tenant, "label": label}
+        new |= {"fw_version": fw_version, "precedence": semver_key(fw_version)}
+        self._additions.append(new)
+        with self._writing:
+            if new in self._additions:
+                together = [self._additions.pop(0) for _ in self._additions[:]]
+                try:
+                    with self._transaction() as connection:
+                        for each in together:
+                            each["now"] = now_text()  # in the order of the rows
+                            connection.execute(ADD, each)
+                except BaseException as error:
+                    for each in together:
+                        each["error"] = error
+        if "error" in new:
+            raise new["error"]
+        return new["id"], new["now"]
 
     def get(self, tenant: str, image_id: str) -> Image:
         return Image(*self._image_row(COLUMNS, tenant, image_id))
@@ -1468,12 +1488,218 @@ class BinaryStore:
 
 
 # ------------------------------------------------------------------------------------- HTTP
-# `environ` is a request as WSGI (PEP 3333) has it.
+# Requests as they arrive; then conditions, ranges, queries and bodies. `environ` is a request as
+# WSGI (PEP 3333) has it.
 
 ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 JSON_WANTED = "Payload must be valid JSON, and Content-Type set accordingly"
 FORM_WANTED = "Payload must be valid multipart/form-data"
 ADDRESS = "[0-9]{1,18}|0[xX][0-9a-fA-F]{1,15}"
+
+
+# Patterns of RFC 9112 (3, 5, 7.1) and RFC 9110 (5.6.2); all take linear time whatever they meet.
+METHOD = rb"[!#$%&'*+.^_`|~0-9A-Z-]+"
+REQUEST_LINE = re.compile(
+    b"(%b) (/[!-~]*|\\*|(?i:https?)://[!-~]+) HTTP/([0-9])\\.([0-9])" % METHOD
+)
+HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*")
+TRANSFER_CODING = re.compile(rb"\r\ntransfer-encoding:([^\r]*)", re.IGNORECASE)
+AUTHORITY = re.compile(r"(?:[\w.~%!$&'()*+,;=-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?", re.ASCII)
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~\x80-\xff]*)?")
+EMPTY_LINES = re.compile(rb"(?:\r\n)+")
+REQUEST_START = re.compile(METHOD + rb"|\r?\Z")
+STRAY_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
+Headers = list[tuple[str, str]]
+HEADER_LIMIT = 128 * KIB
+CHUNK_LINE_LIMIT = 8 * KIB  # bytes of the line before a chunk, and of one in the trailer
+
+
+def parse_request_line(line: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return method, target and minor version of HTTP/1; raises BadRequest, or status 505."""
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        wanted = "METHOD /path HTTP/1.1, with all that is not ASCII percent-encoded"
+        raise BadRequest(f"The request line is not of the form {wanted}")
+    if match[3] != b"1":
+        raise ServiceError("This service speaks HTTP/1.1", status=505)
+    return match[1], match[2], match[4]
+
+
+def header_size(received: bytearray, checked: int) -> int:
+    """Return the size of the header that has been received, 0 where it is not yet whole.
+
+    Raises BadRequest, or status 431 or 505, for what cannot become one, without waiting for its
+    end, which a TLS hello or a request with bare LF never has. `checked` bytes were so before.
+    """
+    end = received.find(b"\r\n\r\n", max(checked - 3, 0))
+    if (len(received) if end < 0 else end) > HEADER_LIMIT:
+        raise ServiceError(f"The header has more than {HEADER_LIMIT} bytes", status=431)
+    if end >= 0:
+        return end + 2
+    if not REQUEST_START.match(received) or STRAY_LINE_END.search(received, checked - 1):
+        raise BadRequest("A request is lines that end in CR LF, the first with a method")
+    length = received.find(b"\r\n")
+    if length >= max(checked - 1, 0):  # the first line has just come to its end
+        parse_request_line(bytes(received[:length]))
+    return 0
+
+
+class Request(HTTPRequestParser):
+    """A request: its header, then its body as it arrives.
+
+    waitress's parser takes lines and target apart, decodes them, joins a header that is given
+    twice. All of its names in use: parse_header() and what that raises; headers, command, path,
+    query, proxy_netloc, content_length, chunked, expect_continue. What comes before its call keeps
+    its patterns from quadratic time, and its messages, which quote tokens, from the client. Bodies
+    it does not read: it lets a bare LF end the line of a chunk, and copies the rest for each.
+    """
+
+    def __init__(self, header: bytes) -> None:
+        """Read a header, without its empty line; raises BadRequest, or status 501 or 505."""
+        super().__init__(Adjustments)  # the class itself: its attributes are the defaults
+        line, _, lines = header.partition(b"\r\n")
+        method, target, minor = parse_request_line(line)
+        self.version = "1.0" if minor == b"0" else "1.1"
+        if not HEADER_LINES.fullmatch(lines):
+            raise BadRequest("A line of the header is not of the form Name: value")
+        if b"\t" in lines or b"   " in lines:  # blanks around a value mean nothing
+            pairs = (line.partition(b":") for line in lines.splitlines())
+            lines = b"".join(b"%b:%b\r\n" % (name, value.strip()) for name, _, value in pairs)
+        header = b"%b %b HTTP/%b\r\n%b" % (method, target, self.version.encode(), lines)
+        try:
+            self.parse_header(header)
+        except TransferEncodingNotImplemented:
+            raise ServiceError("Transfer-Encoding takes chunked alone", status=501) from None
+        except (ParsingError, ValueError):
+            raise BadRequest("The request's host, or its Content-Length, is none") from None
+        # Where a proxy in front may see another end of the request: RFC 9112, 6.1 and 6.3.
+        codings = [coding.strip().lower() for coding in TRANSFER_CODING.findall(header)]
+        self.has_length = "CONTENT_LENGTH" in self.headers
+        if codings and (codings != [b"chunked"] or not self.chunked or self.has_length):
+            wanted = "chunked alone, in HTTP/1.1, without Content-Length"
+            raise BadRequest(f"Transfer-Encoding takes {wanted}")
+        if self.version == "1.1":
+            self.headers.setdefault("HOST", "")
+        hosts = [self.headers[name] for name in self.headers if name == "HOST"]
+        if not target.startswith((b"/", b"*")):  # RFC 9112, 3.2.2: this host is the one that counts
+            self.headers["HOST"] = self.proxy_netloc
+            hosts.append(self.proxy_netloc)
+        if not all(map(AUTHORITY.fullmatch, hosts)):  # two headers are one with a blank in it
+            raise BadRequest("A request names its host in one header Host: example.com:8000")
+        self.environ = self._environ()
+
+    @property
+    def has_body(self) -> bool:
+        return bool(self.chunked or self.content_length)
+
+    def _environ(self) -> dict[str, Any]:
+        """Return what Bottle and the routes read of WSGI (PEP 3333)."""
+        environ = {
+            "REQUEST_METHOD": self.command,
+            "PATH_INFO": self.path,
+            "QUERY_STRING": self.query,
+            "SERVER_PROTOCOL": f"HTTP/{self.version}",
+            "wsgi.url_scheme": "http",
+            "wsgi.input": io.BytesIO(),
+            "wsgi.errors": sys.stderr,
+            "wsgi.file_wrapper": lambda file: file,
+        }
+        for name, value in self.headers.items():
+            environ[name if name.startswith("CONTENT_") else "HTTP_" + name] = value
+        return environ
+
+    def receive(self, received: bytearray, limit: int, folder: Path) -> Iterator[None]:
+        """Take the body out of what is received, above JSON_LIMIT to a file in a folder.
+
+        Yields where more must come; raises BadRequest, TooLarge, StorageFull.
+        """
+        self._limit, self._folder, self._size, self._overhead = limit, folder, 0, 0
+        with full_disk_as_error():
+            self._body = tempfile.SpooledTemporaryFile(JSON_LIMIT, dir=str(folder))
+            self.environ["wsgi.input"] = self._body
+            yield from (self._chunks if self.chunked else self._whole)(received)
+            self._body.seek(0)
+        self.environ["CONTENT_LENGTH"] = str(self._size)
+
+    def _whole(self, received: bytearray) -> Iterator[None]:
+        yield from self._store(received, self.content_length)
+
+    def _chunks(self, received: bytearray) -> Iterator[None]:
+        """Take a chunked body: RFC 9112, 7.1."""
+        size = -1
+        while size:
+            match = CHUNK_SIZE.fullmatch((yield from self._line(received)))
+            if not match:
+                raise BadRequest("A chunk does not begin with its size in hexadecimal digits")
+            size = int(match[1], 16)
+            yield from self._store(received, size)
+            if size and (yield from self._line(received)):
+                raise BadRequest("A chunk is longer than it says")
+        while (yield from self._line(received)):  # of the trailer
+            pass
+
+    def _line(self, received: bytearray) -> Generator[None, None, bytes]:
+        while (end := received.find(b"\n") + 1) == 0 and len(received) <= CHUNK_LINE_LIMIT:
+            yield
+        line = bytes(received[:end])
+        del received[:end]
+        self._overhead += end
+        if self._overhead > 8 * self._limit + JSON_LIMIT:
+            raise TooLarge(self._limit)
+        if not line.endswith(b"\r\n") or b"\r" in line[:-2] or end > CHUNK_LINE_LIMIT:
+            raise BadRequest("A line between chunks is too long, or does not end in CR LF")
+        return line[:-2]
+
+    def _store(self, received: bytearray, size: int) -> Iterator[None]:
+        while size:
+            if not received:
+                yield
+            count = min(size, len(received))
+            size -= count
+            self._size += count
+            if self._size > self._limit:
+                raise TooLarge(self._limit)
+            if self._size > JSON_LIMIT:  # what fits alone may fill the disk with others
+                require_space(self._folder, count)
+            with memoryview(received)[:count] as block:
+                self._body.write(block)
+            del received[:count]
+
+    def keeps_open(self, status: int) -> bool:
+        """Tell whether the connection outlives an answer: RFC 9112, 9.3."""
+        wish = {option.strip() for option in self.headers.get("CONNECTION", "").lower().split(",")}
+        # What follows a refused upload without a length may be its body, and no request.
+        unframed = not self.chunked and not self.has_length
+        if unframed and status >= 400 and self.command in ("PUT", "POST", "PATCH"):
+            return False
+        may = self.version == "1.1" or "keep-alive" in wish
+        return may and "close" not in wish
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of a file that the disk had no room for
+            self.environ["wsgi.input"].close()
+
+
+class Answer(NamedTuple):
+    """An answer, ready to be sent."""
+
+    status: int
+    head: bytes
+    body: bytes | Excerpt
+    keep: bool  # the connection open
+
+    @classmethod
+    def make(
+        cls, status: str, headers: Headers, body: bytes | Excerpt, version: str, keep: bool
+    ) -> Answer:
+        """Put the head together, of which an application gives status and headers."""
+        lines = [f"HTTP/{version} {status}", *(f"{name}: {value}" for name, value in headers)]
+        lines.append(f"Date: {format_http_date(int(time.time()))}")
+        if not keep:
+            lines.append("Connection: close")
+        elif version == "1.0":
+            lines.append("Connection: Keep-Alive")
+        return cls(int(status[:3]), "\r\n".join([*lines, "", ""]).encode("latin-1"), body, keep)
 
 
 class Validators(NamedTuple):
@@ -1597,24 +1823,29 @@ def body_blocks(environ: Mapping[str, Any]) -> Iterator[bytes]:
         yield block
 
 
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("a member twice")
+    return members
+
+
+def no_constant(name: str) -> None:
+    raise ValueError(f"{name}, which is Python's own")
+
+
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=no_constant)
+
+
 def parse_json(environ: Mapping[str, Any]) -> dict[str, Any]:
     """Return the JSON object in the body; raises BadRequest, TooLarge."""
-
-    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a member twice")
-        return dict(pairs)
-
-    def constant(name: str) -> None:
-        raise ValueError(name)  # NaN and Infinity are Python's own
-
     body = b""
     try:
         for block in body_blocks(environ):
             body += block
             if len(body) > JSON_LIMIT:
                 raise TooLarge(JSON_LIMIT)
-        value = json.loads(body.decode(), object_pairs_hook=members, parse_constant=constant)
+        value = STRICT_JSON.decode(body.decode())
     except (ValueError, RecursionError, LengthRequired) as error:
         raise BadRequest(JSON_WANTED) from error
     kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
@@ -1665,6 +1896,7 @@ def check_file_name(name: str, found: bool) -> None:
 # ------------------------------------------------------------------------------------- routes
 
 PUBLIC = ""  # in the place of a right: looks at no token
+ADMITTED = "image_manager.caller"  # in environ: who was let in by admit()
 SMALL_RANGE = 64 * KIB  # bytes that are read at once; more are sent from the open file
 LARGEST_WINDOW = 256 * MIB
 
@@ -1757,28 +1989,47 @@ class Application:
             self._bottle.route(route.path, route.method, guarded, skip=True, route=route)
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
-        self._tidy(environ)
+        if ADMITTED not in environ:
+            environ["PATH_INFO"] = self._route_path(environ.get("PATH_INFO", ""))
         return self._bottle(environ, start_response)
 
     def close(self) -> None:
         self.catalogue.close()
 
+    def answer(self, request: Request, last: bool) -> Answer:
+        """Return the answer to a request, `last` where its connection is to end with that."""
+        started: list[Any] = []
+
+        def start_response(status: str, headers: Headers, *_: object) -> None:
+            started[:] = status, headers
+
+        try:
+            content = self(request.environ.copy(), start_response)
+            body = content if isinstance(content, Excerpt) else b"".join(content)
+            status, headers = started
+            keep = not last and request.keeps_open(int(status[:3]))
+            return Answer.make(status, headers, body, request.version, keep)
+        except Exception as error:
+            return self.refuse(error, request.command == "HEAD")
+
+    def refuse(self, error: Exception, is_head: bool) -> Answer:
+        """Return the answer to what is no request, or whose body is of no use: the last one."""
+        response = self.error_response(error)
+        body = response.body.encode()
+        headers = [*response.headerlist, ("Content-Length", str(len(body)))]
+        return Answer.make(response.status_line, headers, b"" if is_head else body, "1.1", False)
+
     # The way in, the same for all routes.
 
-    def _strip(self, path: str) -> str:
-        """Take the prefix and a last slash off a path."""
+    def _route_path(self, path: str) -> str:
+        """Return a request's path as ROUTES has it: without prefix and slash at the end."""
         path, prefix = "/" + path.lstrip("/"), self.settings.url_prefix
         if prefix and (path + "/").startswith(prefix + "/"):
             path = path[len(prefix) :]
-        return path[:-1] if len(path) > 1 and path.endswith("/") else path
-
-    def _tidy(self, environ: dict[str, Any]) -> None:
-        """Make a request's path one that Bottle can route."""
-        path = self._strip(environ.get("PATH_INFO", ""))
         if not path.isascii():
             # Bottle drops what is not UTF-8, so that /image/%FF would be /image/.
             path = path.encode("latin-1").decode(errors="replace").encode().decode("latin-1")
-        environ["PATH_INFO"] = path
+        return path[:-1] if len(path) > 1 and path.endswith("/") else path
 
     def _guarded(self, route: Route) -> Callable[..., bottle.HTTPResponse]:
         """Return the handler of a route behind the check of who calls."""
@@ -1787,7 +2038,7 @@ class Application:
         def guarded(**names: str) -> bottle.HTTPResponse:
             environ, caller, status = bottle.request.environ, None, 500
             try:
-                caller = self._check(route, environ, names)
+                caller = environ.get(ADMITTED) or self._check(route, environ, names)
                 response = handler(caller, **names)
                 status = response.status_code
             except ServiceError as error:
@@ -1832,14 +2083,14 @@ class Application:
 
         Raises the ServiceError that is the answer where the body is of no use.
         """
-        self._tidy(environ)
+        environ["PATH_INFO"] = self._route_path(environ["PATH_INFO"])
         try:
             found, names = self._bottle.router.match(environ)
         except bottle.HTTPError as error:
             raise as_service_error(error) from error
         route: Route = found.config["route"]
         try:
-            self._check(route, environ, names)
+            environ[ADMITTED] = self._check(route, environ, names)
         except ServiceError as error:
             self._log(route, environ, None, error.status)
             raise
@@ -1848,14 +2099,17 @@ class Application:
     def is_quick(self, method: str, path: str, query: str) -> bool:
         """Tell whether a request is one to answer at once rather than in a thread."""
         window = "format" in query or "%" in query  # whose segments may be many
-        return method in ("GET", "HEAD") and self._strip(path) not in self._slow and not window
+        return method in ("GET", "HEAD") and self._route_path(path) not in self._slow and not window
 
     def _bottle_error(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
         return self.error_response(as_service_error(error))
 
-    def error_response(self, error: ServiceError) -> bottle.HTTPResponse:
+    def error_response(self, error: Exception) -> bottle.HTTPResponse:
         """Return the JSON response for an error."""
-        if error.status in (500, 503):
+        if not isinstance(error, ServiceError):
+            log.error("a request could not be answered", exc_info=error)
+            error = ServiceError()
+        elif error.status in (500, 503) and not isinstance(error, MustWait):
             log.error("%s (%s)", error, error.__cause__)
         elif error.status == 401:
             log.info("refused: %s", json.dumps(str(error)))  # quoted: parts come from the token
@@ -2241,11 +2495,11 @@ def create_app(settings: Settings) -> Application:
 #
 #   loop    Server._accept       takes a connection, while there are fewer than the limit
 #   loop    Connection._header   waits for a whole header; refuses at once what cannot become one
-#   loop    Request()            reads the header: what is asked for, and where the body ends
+#   loop    Request()            reads it: what is asked for, and where the body ends
 #   loop    Application.admit    if a body follows: may this client send it, and does it fit?
 #   loop    Request.receive      spools the body to tmp/ while it arrives
-#   loop    Request.answer       runs the application, if the request is quick and has not to wait,
-#   thread  Request.answer       or else in a thread, where it may wait for disk and catalogue
+#   loop    Application.answer   runs the route's handler, if that is quick and has not to wait,
+#   thread  Application.answer   or else in a thread, where it may wait for disk and catalogue
 #   loop    Connection._send     sends the answer as fast as the client takes it
 #   loop    Connection._linger   after the last answer, reads on until the client has got it
 
@@ -2255,246 +2509,12 @@ LINGER_BYTES = 64 * MIB  # at most: closing with bytes unread would destroy the 
 GRACE = 30  # seconds that requests in flight may take to end
 SEND_BLOCK = 64 * KIB  # bytes of an answer that are read ahead of the client
 SENDFILE_BLOCK = MIB  # bytes that the system sends of a file in one call
-HEADER_LIMIT = 128 * KIB
-CHUNK_LINE_LIMIT = 8 * KIB  # bytes of the line before a chunk, and of the trailer
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
-# Patterns of RFC 9112 (3, 5, 7.1) and RFC 9110 (5.6.2); all take linear time whatever they meet.
-REQUEST_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Z-]|\r?\Z")
-REQUEST_LINE = re.compile(
-    rb"([!#$%&'*+.^_`|~0-9A-Z-]+) (/[!-~]*|\*|(?i:https?)://[!-~]+) HTTP/([0-9])\.([0-9])"
-)
-HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*")
-TRANSFER_CODING = re.compile(rb"\r\ntransfer-encoding:([^\r]*)", re.IGNORECASE)
-AUTHORITY = re.compile(r"(?:[\w.~%!$&'()*+,;=-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?", re.ASCII)
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~\x80-\xff]*)?")
-EMPTY_LINES = re.compile(rb"(?:\r\n)+")
-STRAY_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
-
-# What a connection waits for.
-READING = HEADER, BODY, END = ("the client's next header", "its body", "its end")
+# What a connection waits for: by reading, or otherwise.
+READING = HEADER, BODY, END = ("the next header", "the rest of a body", "the client's end")
 ROOM, THREAD, FILE, TURN = ("room to send", "a thread", "a file to be sent", "the others' turn")
 Life = Generator[str, Any, None]
-Job = tuple["Request", bool, Callable[["Answer"], None]]
-Address = tuple[Any, ...]  # of a socket: host, port, and more for IPv6
-
-
-def parse_request_line(line: bytes) -> tuple[bytes, bytes, bytes]:
-    """Return method, target and minor version of HTTP/1; raises BadRequest or status 505."""
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        wanted = "METHOD /path HTTP/1.1, with all that is not ASCII percent-encoded"
-        raise BadRequest(f"The request line is not of the form {wanted}")
-    if match[3] != b"1":
-        raise ServiceError("This service speaks HTTP/1.1", status=505)
-    return match[1], match[2], match[4]
-
-
-class Answer(NamedTuple):
-    """An answer, ready to be sent."""
-
-    status: int
-    head: bytes
-    body: bytes | Excerpt
-    keep: bool  # the connection open
-
-    @classmethod
-    def make(
-        cls,
-        status: str,
-        headers: Iterable[tuple[str, str]],
-        body: bytes | Excerpt,
-        version: str = "1.1",
-        keep: bool = False,
-    ) -> Answer:
-        lines = [f"HTTP/{version} {status}", *(f"{name}: {value}" for name, value in headers)]
-        lines.append(f"Date: {format_http_date(int(time.time()))}")
-        if not keep:
-            lines.append("Connection: close")
-        elif version == "1.0":
-            lines.append("Connection: Keep-Alive")
-        return cls(int(status[:3]), "\r\n".join([*lines, "", ""]).encode("latin-1"), body, keep)
-
-    @classmethod
-    def refuse(cls, application: Application, error: Exception, is_head: bool) -> Answer:
-        """Return the answer to what is no request, or has a body of no use: the last one."""
-        if not isinstance(error, ServiceError):
-            log.error("a request could not be answered", exc_info=error)
-            error = ServiceError()
-        response = application.error_response(error)
-        body = response.body.encode()
-        headers = [*response.headerlist, ("Content-Length", str(len(body)))]
-        return cls.make(response.status_line, headers, b"" if is_head else body)
-
-
-class Request(HTTPRequestParser):
-    """A request: its header, its body as it arrives, its answer.
-
-    waitress's parser splits lines and target, decodes, joins what is given twice, counts. All of
-    its names in use: parse_header() and what that raises; headers, command, path, query,
-    proxy_netloc, content_length, chunked, expect_continue. What precedes its call keeps its
-    patterns from quadratic time, and its errors, which quote tokens, from the client. It reads no
-    body: its chunks may end in a bare LF, and it copies all that is left for each of them.
-    """
-
-    def __init__(
-        self, header: bytes, application: Application, local: Address, peer: Address
-    ) -> None:
-        """Read a header, without its empty line; raises BadRequest or another status."""
-        super().__init__(Adjustments)  # the class itself: its attributes are the defaults
-        self._application = application
-        line, _, lines = header.partition(b"\r\n")
-        method, target, minor = parse_request_line(line)
-        self.version = "1.0" if minor == b"0" else "1.1"
-        if not HEADER_LINES.fullmatch(lines):
-            raise BadRequest("A line of the header is not of the form Name: value")
-        if b"\t" in lines or b"   " in lines:  # long runs of blanks take waitress minutes
-            parts = (line.partition(b":") for line in lines.splitlines())
-            lines = b"".join(b"%b:%b\r\n" % (name, value.strip()) for name, _, value in parts)
-        first = b"%b %b HTTP/%b\r\n" % (method, target, self.version.encode())
-        try:
-            self.parse_header(first + lines)
-        except TransferEncodingNotImplemented:
-            raise ServiceError("Transfer-Encoding takes chunked alone", status=501) from None
-        except (ParsingError, ValueError):
-            raise BadRequest("The address, or the Content-Length, is none") from None
-        # Where a proxy in front may see another end of the request: RFC 9112, 6.1 and 6.3.
-        codings = [coding.strip().lower() for coding in TRANSFER_CODING.findall(first + lines)]
-        sound = self.chunked and codings == [b"chunked"] and "CONTENT_LENGTH" not in self.headers
-        if codings and not sound:
-            wanted = "chunked alone, in HTTP/1.1, without Content-Length"
-            raise BadRequest(f"Transfer-Encoding takes {wanted}")
-        if self.version == "1.1":
-            self.headers.setdefault("HOST", "")
-        hosts = [self.headers[name] for name in self.headers if name == "HOST"]
-        if not target.startswith((b"/", b"*")):  # RFC 9112, 3.2.2: its host is the one that counts
-            self.headers["HOST"] = self.proxy_netloc
-            hosts.append(self.proxy_netloc)
-        if not all(map(AUTHORITY.fullmatch, hosts)):  # two headers are one with a blank in it
-            raise BadRequest("A request names its host in one header Host: example.com:8000")
-        self.environ = self._environ(local, peer)
-
-    def _environ(self, local: Address, peer: Address) -> dict[str, Any]:
-        """Return the request as WSGI has it: PEP 3333."""
-        environ = {
-            "REQUEST_METHOD": self.command,
-            "SCRIPT_NAME": "",
-            "PATH_INFO": self.path,
-            "QUERY_STRING": self.query,
-            "SERVER_NAME": local[0],
-            "SERVER_PORT": str(local[1]),
-            "SERVER_PROTOCOL": f"HTTP/{self.version}",
-            "REMOTE_ADDR": peer[0],
-            "wsgi.version": (1, 0),
-            "wsgi.url_scheme": "http",
-            "wsgi.input": io.BytesIO(),
-            "wsgi.errors": sys.stderr,
-            "wsgi.multithread": True,
-            "wsgi.multiprocess": True,
-            "wsgi.run_once": False,
-            "wsgi.file_wrapper": lambda file, _=0: file,  # answer() takes an Excerpt as it is
-        }
-        for name, value in self.headers.items():
-            environ[name if name.startswith("CONTENT_") else "HTTP_" + name] = value
-        return environ
-
-    @property
-    def has_body(self) -> bool:
-        return bool(self.chunked or self.content_length)
-
-    def receive(self, received: bytearray, limit: int) -> Life:
-        """Take the body out of what is received, to a file; yield where more must come.
-
-        Raises BadRequest, TooLarge, StorageFull.
-        """
-        self._limit, self._size = limit, 0
-        folder = self._application.binaries.uploads
-        with full_disk_as_error():
-            # In the data folder: the /tmp of a gateway is often memory.
-            self._body = tempfile.SpooledTemporaryFile(JSON_LIMIT, dir=str(folder))
-            self.environ["wsgi.input"] = self._body
-            if self.chunked:
-                yield from self._receive_chunks(received)
-            else:
-                yield from self._store(received, self.content_length)
-            self._body.seek(0)
-        self.environ["CONTENT_LENGTH"] = str(self._size)
-
-    def _store(self, received: bytearray, size: int) -> Life:
-        while size:
-            if not received:
-                yield BODY
-            block = received[:size]
-            del received[:size]
-            size -= len(block)
-            self._size += len(block)
-            if self._size > self._limit:
-                raise TooLarge(self._limit)
-            if self._size > JSON_LIMIT:  # several that fit alone may fill the disk together
-                require_space(self._application.binaries.uploads, len(block))
-            self._body.write(block)
-
-    def _receive_chunks(self, received: bytearray) -> Life:
-        """Take a chunked body: RFC 9112, 7.1."""
-        overhead = trailer = 0
-        while True:
-            line = yield from self._line(received)
-            overhead += len(line)
-            match = CHUNK_LINE.fullmatch(line)
-            if not match:
-                raise BadRequest("The line before a chunk is not its size in hexadecimal digits")
-            if overhead > 8 * self._limit + JSON_LIMIT:
-                raise TooLarge(self._limit)
-            size = int(match[1], 16)
-            if not size:
-                break
-            yield from self._store(received, size)
-            if (yield from self._line(received)):
-                raise BadRequest("A chunk is longer than it says")
-        while line := (yield from self._line(received)):
-            trailer += len(line)
-            if trailer > CHUNK_LINE_LIMIT:
-                raise BadRequest("The trailer is too long")
-
-    def _line(self, received: bytearray) -> Generator[str, Any, bytes]:
-        """Take a line that ends in CR LF, and nothing else."""
-        while (end := received.find(b"\n", 0, CHUNK_LINE_LIMIT)) < 0:
-            if len(received) > CHUNK_LINE_LIMIT:
-                raise BadRequest("The line before a chunk, or the trailer, is too long")
-            yield BODY
-        line = bytes(received[: end + 1])
-        del received[: end + 1]
-        if not line.endswith(b"\r\n") or b"\r" in line[:-2]:
-            raise BadRequest("A line of a chunked body does not end in CR LF")
-        return line[:-2]
-
-    def is_quick(self) -> bool:
-        return self._application.is_quick(self.command, self.path, self.query)
-
-    def answer(self, last: bool) -> Answer:
-        """Run the application; `last` where the connection is to end with this answer."""
-        started: list[Any] = []
-
-        def start_response(status: str, headers: list[tuple[str, str]], *_: object) -> None:
-            started[:] = status, headers
-
-        try:
-            content = self._application(self.environ.copy(), start_response)
-            body = content if isinstance(content, Excerpt) else b"".join(content)
-            status, headers = started
-        except Exception as error:
-            return Answer.refuse(self._application, error, self.command == "HEAD")
-        wish = {option.strip() for option in self.headers.get("CONNECTION", "").lower().split(",")}
-        keep = "close" not in wish and (self.version == "1.1" or "keep-alive" in wish)
-        # What follows a refused upload without a length may be its body, and no request.
-        unframed = not self.chunked and "CONTENT_LENGTH" not in self.headers
-        doubtful = unframed and self.command in ("PUT", "POST", "PATCH") and status >= "4"
-        keep = keep and not last and not doubtful
-        return Answer.make(status, headers, body, self.version, keep)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a file that the disk had no room for
-            self.environ["wsgi.input"].close()
 
 
 class Connection(asyncio.Protocol):
@@ -2505,18 +2525,20 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, server: Server) -> None:
         self._server, self._loop = server, asyncio.get_running_loop()
+        self._application = server.application
         self._received = bytearray()
-        self._waits_for = ""
         self._half_closed = self._lost = self._blocked = False
         self._life = self._live()
+        self.waits_for = ""
 
     # What asyncio calls.
 
     def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-        # None is what a client leaves that has reset the connection already.
-        self._local = transport.get_extra_info("sockname") or ("", 0)
-        self._peer = transport.get_extra_info("peername") or ("", 0)
+        self.transport = transport
+        # A client that has reset the connection already leaves None.
+        host, port = (transport.get_extra_info("sockname") or ("", 0))[:2]
+        client = transport.get_extra_info("peername") or ("",)
+        self._addresses = {"SERVER_NAME": host, "SERVER_PORT": str(port), "REMOTE_ADDR": client[0]}
         transport.set_write_buffer_limits(0)  # resume_writing() comes when all is sent
         self._server.connections.add(self)
         self._step()
@@ -2529,14 +2551,14 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        if self._waits_for in READING:
+        if self.waits_for in READING:
             self._step()
         else:  # one request at a time: what comes behind it stays in the socket
-            self._transport.pause_reading()
+            self.transport.pause_reading()
 
     def eof_received(self) -> bool:
         self._half_closed = True
-        if self._waits_for in READING:
+        if self.waits_for in READING:
             self._step()
         return True  # the client may still read
 
@@ -2550,8 +2572,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, _: Exception | None) -> None:
         self._lost = True
         self._server.forget(self)
-        if self._waits_for != THREAD:  # else the thread's answer must be closed first
-            self._waits_for = ""
+        if self.waits_for != THREAD:  # else its answer comes first, and is closed
+            self.waits_for = ""
             self._life.close()
 
     # The life of a connection.
@@ -2559,24 +2581,25 @@ class Connection(asyncio.Protocol):
     def _step(self, value: object = None) -> None:
         """Go on until there is something to wait for again."""
         try:
-            self._waits_for = self._life.send(value)
-            reading = self._waits_for in READING and not self._half_closed
-            if reading and not self._transport.is_reading():
-                self._transport.resume_reading()
+            self.waits_for = self._life.send(value)
+            reading = self.waits_for in READING and not self._half_closed
+            if reading and not self.transport.is_reading():
+                self.transport.resume_reading()
         except StopIteration:
-            self._waits_for = ""
-            self._transport.close()
+            self.waits_for = ""
+            self.transport.close()
         except Exception:
             log.exception("a connection failed")
-            self._waits_for = ""
-            self._transport.abort()
+            self.waits_for = ""
+            self.transport.abort()
 
     def _go_on(self, event: str, value: object = None) -> None:
-        if self._waits_for == event:
+        if self.waits_for == event:
             self._step(value)
 
-    def _touch(self) -> None:
-        self.deadline = self._loop.time() + IDLE
+    def _touch(self, bytes_on_their_way: int = 0) -> None:
+        """Have the client's time begin anew; for what the system sends, it takes no less."""
+        self.deadline = self._loop.time() + IDLE * max(1, bytes_on_their_way / SEND_BLOCK)
 
     def _live(self) -> Life:
         """Answer one request after the other, then close."""
@@ -2585,10 +2608,10 @@ class Connection(asyncio.Protocol):
             header = b""
             try:
                 header = yield from self._header()
-                answer = (yield from self._answer(header)) if header else None
+                answer = (yield from self._answer(Request(header))) if header else None
             except Exception as error:
                 is_head = (header or self._received).startswith(b"HEAD ")
-                answer = Answer.refuse(self._server.application, error, is_head)
+                answer = self._application.refuse(error, is_head)
             if not answer or self._lost:
                 if answer and isinstance(answer.body, Excerpt):
                     answer.body.close()
@@ -2600,67 +2623,58 @@ class Connection(asyncio.Protocol):
         yield from self._linger()
 
     def _header(self) -> Generator[str, Any, bytes]:
-        """Return the next header, nothing where the client sends no more.
-
-        Raises BadRequest and others for what cannot become one, without waiting for its end, which
-        a TLS hello or a request with bare LF never has.
-        """
-        received, checked, line_checked = self._received, 0, False
-        self._touch()
+        """Return the next header, nothing where the client sends no more."""
+        received, checked = self._received, 0
         while True:
             if match := EMPTY_LINES.match(received):  # RFC 9112, 2.2
                 del received[: match.end()]
                 checked = 0
-            end = received.find(b"\r\n\r\n", max(checked - 3, 0))
-            if (len(received) if end < 0 else end) > HEADER_LIMIT:
-                raise ServiceError(f"The header has more than {HEADER_LIMIT} bytes", status=431)
-            if end >= 0:
-                header = bytes(received[: end + 2])
-                del received[: end + 4]
+            if not checked:  # the time for a header begins with its first byte
+                self._touch()
+            if size := header_size(received, checked):
+                header = bytes(received[:size])
+                del received[: size + 2]
                 return header
-            if not REQUEST_START.match(received):
-                raise BadRequest("This is no request of HTTP/1.1: a method comes first")
-            if STRAY_LINE_END.search(received, max(checked - 1, 0)):
-                raise BadRequest("The lines of a header end in CR LF, and have neither inside")
-            if not line_checked and (length := received.find(b"\r\n", max(checked - 1, 0))) >= 0:
-                parse_request_line(bytes(received[:length]))
-                line_checked = True
             if self._half_closed:
                 return b""
-            begun, checked = bool(checked), len(received)
+            checked = len(received)
             yield HEADER
-            if not begun:
-                self._touch()
 
-    def _answer(self, header: bytes) -> Generator[str, Any, Answer | None]:
+    def _answer(self, request: Request) -> Generator[str, Any, Answer | None]:
         """Return the answer to a request, None where the client has gone."""
-        application = self._server.application
-        with contextlib.closing(Request(header, application, self._local, self._peer)) as request:
+        request.environ |= self._addresses
+        with contextlib.closing(request):
             if request.has_body:
-                limit = application.admit(request.environ.copy())
+                limit = self._application.admit(request.environ)
                 if request.expect_continue and not self._received:
-                    self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                for event in request.receive(self._received, limit):
+                    self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                folder = self._application.binaries.uploads
+                for _ in request.receive(self._received, limit, folder):
                     if self._half_closed:
                         return None
                     self._touch()
-                    yield event
+                    yield BODY
             last = self._server.stopping and not self._received
-            answer = request.answer(last) if request.is_quick() else None
-            # 503: the catalogue is locked, and nothing waits in the loop.
+            quick = self._application.is_quick(request.command, request.path, request.query)
+            answer = self._application.answer(request, last) if quick else None
+            # 503: the catalogue is locked, for which nothing waits in the loop.
             if not answer or answer.status == 503:
                 self.deadline = math.inf
-                self._server.in_thread(request, last, functools.partial(self._go_on, THREAD))
+                self._server.jobs.put(functools.partial(self._run_in_thread, request, last))
                 answer = yield THREAD
             return answer
+
+    def _run_in_thread(self, request: Request, last: bool) -> None:
+        answer = self._application.answer(request, last)
+        self._loop.call_soon_threadsafe(self._go_on, THREAD, answer)
 
     def _send(self, answer: Answer) -> Life:
         """Send an answer as the client takes it."""
         self._touch()
         if isinstance(answer.body, bytes) and len(answer.body) <= SEND_BLOCK:
-            self._transport.write(answer.head + answer.body)
+            self.transport.write(answer.head + answer.body)
         else:
-            self._transport.write(answer.head)
+            self.transport.write(answer.head)
             yield from self._send_body(answer.body)
         if self._blocked:
             yield ROOM
@@ -2674,7 +2688,7 @@ class Connection(asyncio.Protocol):
                 sending.add_done_callback(lambda _: self._go_on(FILE))
                 yield FILE
             while block := content.read(SEND_BLOCK):
-                self._transport.write(block)
+                self.transport.write(block)
                 if self._blocked:
                     yield ROOM
                 else:
@@ -2689,43 +2703,31 @@ class Connection(asyncio.Protocol):
     async def _sendfile(self, content: Excerpt) -> None:
         """Have the system send what stands in one piece; what it cannot is left to be read."""
         try:
-            while place := content.in_one_piece():
+            sent = 1
+            while sent and (place := content.in_one_piece()):
                 file, offset, left = place
                 size = min(left, SENDFILE_BLOCK)
-                # How far it has got only its end tells: as slow as with blocks it may be.
-                self.deadline = self._loop.time() + IDLE * max(1, size / SEND_BLOCK)
-                sent = await self._loop.sendfile(
-                    self._transport, file, offset, size, fallback=False
-                )
-                if not sent:
-                    break
+                self._touch(size)
+                sent = await self._loop.sendfile(self.transport, file, offset, size, fallback=False)
                 content.seek(sent, os.SEEK_CUR)
         except asyncio.SendfileNotAvailableError:
             pass
         except (OSError, RuntimeError):  # the client has gone
-            self._transport.abort()
+            self.transport.abort()
 
     def _turn(self) -> Life:
         self._loop.call_soon(self._go_on, TURN)
         yield TURN
 
     def _linger(self) -> Life:
-        """End the answers, and keep reading until the client ends too: RFC 9112, 9.6."""
+        """Send no more, and read until the client sends no more either: RFC 9112, 9.6."""
         with contextlib.suppress(OSError):
-            self._transport.write_eof()
+            self.transport.write_eof()
         self.deadline, heard = self._loop.time() + LINGER, 0
         while not self._half_closed and heard <= LINGER_BYTES:
             heard += len(self._received)
             self._received.clear()
             yield END
-
-    # What the server asks and does.
-
-    def is_idle(self) -> bool:
-        return self._waits_for in (HEADER, END)
-
-    def close(self) -> None:
-        self._transport.abort()
 
 
 class Server:
@@ -2734,10 +2736,10 @@ class Server:
     def __init__(self, application: Application, listener: socket.socket) -> None:
         self.application, self._listener = application, listener
         self.connections: set[Connection] = set()
+        self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.stopping, self._grace, self._next_complaint = False, 0.0, 0.0
         self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
         self._places = asyncio.Semaphore(connection_limit())
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
     def run(self) -> None:
         """Serve until stop() is called, then let the requests in flight finish."""
@@ -2749,21 +2751,11 @@ class Server:
             self._loop.run_until_complete(self._serve())
         finally:
             for _ in threads:
-                self._jobs.put(None)
+                self.jobs.put(None)
             for thread in threads:
                 thread.join()
-            self._loop.run_until_complete(asyncio.sleep(0))  # answers to who has gone are closed
+            self._loop.run_until_complete(asyncio.sleep(0.001))  # what is left open is closed
             self._loop.close()
-
-    def _work(self) -> None:
-        """Answer requests in a thread, one after the other."""
-        while job := self._jobs.get():
-            request, last, done = job
-            self._loop.call_soon_threadsafe(done, request.answer(last))
-
-    def in_thread(self, request: Request, last: bool, done: Callable[[Answer], None]) -> None:
-        """Have a thread answer a request; the loop then calls done()."""
-        self._jobs.put((request, last, done))
 
     def stop(self, grace: float) -> None:
         """Have run() return, after `grace` seconds at most; for other threads and for signals."""
@@ -2771,34 +2763,48 @@ class Server:
         with contextlib.suppress(RuntimeError):  # it has returned
             self._loop.call_soon_threadsafe(self._stop.set)
 
+    def _work(self) -> None:
+        while job := self.jobs.get():
+            job()
+
     async def _serve(self) -> None:
         self.application.catalogue.never_wait()
         self._listener.setblocking(False)
         accepting = self._loop.create_task(self._accept())
-        closing = self._loop.create_task(self._close_overdue())
-        await self._stop.wait()
+        while not self.stopping:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), 1)
+            self._close(lambda connection: self._loop.time() > connection.deadline)
         for _ in range(10):  # turns in which who waits in the backlog, and what was sent, comes in
             await asyncio.sleep(0)
         accepting.cancel()
         await asyncio.gather(accepting, return_exceptions=True)
         self._listener.close()
-        await self._drain()
-        closing.cancel()
+        deadline = self._loop.time() + self._grace
+        while self.connections and self._loop.time() < deadline:
+            self._close(lambda connection: connection.waits_for in (HEADER, END))
+            await asyncio.sleep(0.005)
+        self._close(lambda _: True)
+
+    def _close(self, which: Callable[[Connection], bool]) -> None:
+        for connection in list(self.connections):
+            if which(connection):
+                connection.transport.abort()
 
     async def _accept(self) -> None:
-        """Take clients, as long as there is a place for them; the others wait in the backlog."""
-        opening = set()
+        """Take clients while there is a place for them; the others wait in the backlog."""
+        opening = set()  # the loop keeps no task alive
         while True:
             await self._places.acquire()
-            task = self._loop.create_task(self._open(await self._next_client()))
-            opening.add(task)
-            task.add_done_callback(opening.discard)
-
-    async def _next_client(self) -> socket.socket:
-        while True:
             try:
-                return (await self._loop.sock_accept(self._listener))[0]
+                client, _ = await self._loop.sock_accept(self._listener)
+                task = self._loop.create_task(self._open(client))
+                opening.add(task)
+                task.add_done_callback(opening.discard)
+                if self.application.settings.workers > 1:
+                    await asyncio.sleep(0)  # leave some to the others
             except OSError as error:
+                self._places.release()
                 if not isinstance(error, ConnectionError):  # of a client that has left already
                     self.complain(error)
                     await asyncio.sleep(1)  # others may give back files or memory
@@ -2821,25 +2827,8 @@ class Server:
         self.connections.discard(connection)
         self._places.release()
 
-    async def _close_overdue(self) -> None:
-        while True:
-            await asyncio.sleep(1)
-            now = self._loop.time()
-            for connection in list(self.connections):
-                if now > connection.deadline:
-                    connection.close()
 
-    async def _drain(self) -> None:
-        """Let the requests in flight finish."""
-        deadline = self._loop.time() + self._grace
-        while self.connections and self._loop.time() < deadline:
-            for connection in list(self.connections):
-                if connection.is_idle():
-                    connection.close()
-            await asyncio.sleep(0.005)
-        for connection in list(self.connections):
-            connection.close()
-        await asyncio.sleep(0)
+# ------------------------------------------------------------------------------------- processes
 
 
 def connection_limit() -> int:

@@ -58,6 +58,7 @@ from image_manager import (
     HexFault,
     HexReader,
     Settings,
+    StorageFull,
     Tokens,
     Unauthorised,
     create_app,
@@ -797,6 +798,30 @@ def test_catalogue_keeps_the_order_of_creation_under_concurrency(catalogue):
     listed = json.loads(catalogue.list_json("a", {}))
     assert [image["created"] for image in listed] == sorted(created for _, created in made)
     assert {image["id"] for image in listed} == {image_id for image_id, _ in made}
+
+
+def add_together(catalogue, count):
+    """Add images in threads that all wait for the write lock; return what each returns or raises."""
+    with concurrent.futures.ThreadPoolExecutor(count) as pool, catalogue._writing:
+        added = [pool.submit(catalogue.add, "a", f"label {n}", "1.0.0") for n in range(count)]
+        wait_until(lambda: len(catalogue._additions) == count)
+    return [future.exception() or future.result() for future in added]
+
+
+def test_additions_that_wait_for_the_disk_share_one_commit(catalogue, monkeypatch):
+    commits, real = [], Catalogue._transaction
+    monkeypatch.setattr(Catalogue, "_transaction", lambda self: commits.append(1) or real(self))
+    added = add_together(catalogue, 8)
+    listed = json.loads(catalogue.list_json("a", {}))
+    assert len(commits) == 1
+    assert sorted(added) == sorted((image["id"], image["created"]) for image in listed)
+
+
+def test_additions_that_cannot_be_recorded_fail_all_together(catalogue, app):
+    with catalogue_failing(catalogue, "COMMIT", "full"):
+        assert {type(error) for error in add_together(catalogue, 3)} == {StorageFull}
+    assert catalogue.total() == 0 and not catalogue.ever_used()
+    catalogue.add("a", "label", "1.0.0")
 
 
 def test_catalogue_has_an_index_for_each_filter_and_for_the_latest(catalogue):
@@ -2411,7 +2436,7 @@ BAD_CHUNKS = {
     "shorter than it says": b"5\r\nabc\r\n0\r\n\r\n",
     "bare LF behind a chunk": b"5\r\nabcde\n0\r\n\r\n",
     "endless extension": b"5;" + b"a" * 20_000,
-    "endless trailer": b"0\r\n" + b"a: b\r\n" * 5000,
+    "endless line in the trailer": b"0\r\na:" + b"b" * 20_000,
     "bare LF in the trailer": b"0\r\na: b\n\r\n",
 }
 
@@ -2434,13 +2459,14 @@ def test_bad_chunks_are_refused_and_nothing_behind_them_is_done(
     assert nothing_was_created(server) and folder_is_clean(server.application)
 
 
-def test_chunks_that_are_mostly_extensions_are_counted_too(small):
+@pytest.mark.parametrize("begin, more", [("", "1;%s\r\nx\r\n"), ("0\r\n", "a: %s\r\n")])
+def test_extensions_and_trailers_are_counted_too(small, begin, more):
     """Else a body of 64 KiB could take its sender as long as it likes."""
     with dial(small) as sock:
-        sock.sendall(raw("POST /image", bearer(small), CHUNKED))
+        sock.sendall(raw("POST /image", bearer(small), CHUNKED, body=begin.encode()))
         with contextlib.suppress(OSError):
             for _ in itertools.takewhile(lambda _: not select_readable(sock), range(1000)):
-                sock.sendall(b"1;" + b"a" * 8000 + b"\r\nx\r\n")
+                sock.sendall((more % ("a" * 8000)).encode())
         assert read_answer(sock)[0].startswith("HTTP/1.1 413 ")
 
 
@@ -3340,7 +3366,7 @@ TROUBLES = pytest.mark.parametrize(
 
 
 @contextlib.contextmanager
-def catalogue_failing(app, moment, trouble):
+def catalogue_failing(catalogue, moment, trouble):
     """Have SQLite fail once, at the next statement that begins so."""
 
     class Failing:
@@ -3358,7 +3384,7 @@ def catalogue_failing(app, moment, trouble):
 
     opened, failing = Catalogue._open, [True]
     with pytest.MonkeyPatch.context() as broken:
-        app.catalogue.disconnect()
+        catalogue.disconnect()
         broken.setattr(Catalogue, "_open", lambda *values: Failing(opened(*values)))
         yield
     assert not failing
@@ -3368,7 +3394,7 @@ def catalogue_failing(app, moment, trouble):
 @pytest.mark.parametrize("moment", ["BEGIN", "UPDATE", "COMMIT"])
 def test_upload_that_cannot_be_recorded_leaves_nothing_behind(client, app, trouble, status, moment):
     image_id = client.create()
-    with catalogue_failing(app, moment, trouble):
+    with catalogue_failing(app.catalogue, moment, trouble):
         response = client.upload(image_id, firmware()[0], status=status)
         assert response.json["status"] == status
         assert folder_is_clean(app)
@@ -3381,7 +3407,7 @@ def test_upload_that_cannot_be_recorded_leaves_nothing_behind(client, app, troub
 def test_deletion_that_cannot_be_recorded_deletes_nothing(client, app, trouble, status, moment):
     image_id = client.stored()
     path = f"/image/{image_id}" + "/binary" * (moment == "UPDATE")
-    with catalogue_failing(app, moment, trouble):
+    with catalogue_failing(app.catalogue, moment, trouble):
         assert client.delete(path, status=status).json["status"] == status
         assert client.get(f"/image/{image_id}/binary").body == firmware()[0]
     client.delete(path)
