@@ -4,7 +4,7 @@
 # dependencies = [
 #     "bottle>=0.13.4,<0.14",
 #     "pyjwt>=2.10,<3",
-#     "waitress>=3.0.2,<3.1",
+#     "waitress>=3.0.2,<4",
 #     "multipart>=1.2,<3",
 # ]
 # ///
@@ -28,9 +28,10 @@ Settings. From here to the end each layer knows only those above it:
     Intel HEX         records in, layout and data or the first fault out
     catalogue         the images' metadata in SQLite: all SQL is here
     binaries          the files: received, published, read in excerpts
-    HTTP              conditions, ranges, queries and bodies, as the RFCs have them
+    HTTP              requests and answers, conditions, ranges and bodies, as the RFCs have them
     routes            the API; the two stores meet only here
-    server            waitress, made fit for fleets; processes, signals, the lock
+    server            one thread on all sockets, a few that run the application
+    processes         the lock, workers, signals; a server in a thread of yours
     command line      serve, token, verify, backup
 
 The folder
@@ -39,7 +40,7 @@ The folder
     secret.key            signs tokens and links; readable by its owner alone
     binaries/<id>.hex     as uploaded, named by ids of our own, never by what a client sent
     binaries/<id>.bin     of Intel HEX: its data bytes, segments joined without the gaps
-    tmp/                  uploads under way; emptied at the start
+    tmp/                  bodies and uploads under way; emptied at the start
     service.lock          held while a service has the folder
 
 To add
@@ -939,6 +940,14 @@ CLEAR = """UPDATE image SET confirmed = 0, size = NULL, sha256 = NULL, stored = 
 
 
 PATIENCE = 10  # seconds that a write waits for other processes
+PRAGMAS = (
+    "journal_mode = WAL",
+    "synchronous = FULL",
+    # Pages of 4 KiB: the write-ahead log must fit RESERVE, or deleting would have no room.
+    "wal_autocheckpoint = 200",
+    # KiB, instead of 2,000 for each thread's connection: the system caches the file as well.
+    "cache_size = -700",
+)
 
 
 class Image(NamedTuple):
@@ -1011,12 +1020,12 @@ class Catalogue:
         connection = sqlite3.connect(
             self._path, timeout=timeout, isolation_level=None, check_same_thread=False
         )
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        # Pages of 4 KiB: the write-ahead log must fit RESERVE, or deleting would have no room.
-        connection.execute("PRAGMA wal_autocheckpoint = 200")
-        # KiB, instead of 2,000 for each thread's connection: the system caches the file as well.
-        connection.execute("PRAGMA cache_size = -700")
+        try:
+            for pragma in PRAGMAS:
+                connection.execute(f"PRAGMA {pragma}")
+        except sqlite3.Error:
+            connection.close()
+            raise
         return connection
 
     @contextlib.contextmanager
@@ -2922,21 +2931,28 @@ def running(settings: Settings) -> Iterator[Running]:
                 thread.join()
 
 
-def serve_here(settings: Settings, listener: socket.socket, ready: Callable[[], object]) -> None:
+def serve_here(
+    application: Application, listener: socket.socket, ready: Callable[[], object]
+) -> None:
     """Serve in this process until SIGTERM or SIGINT; calls ready() when both are heeded."""
-    with contextlib.closing(create_app(settings)) as application:
-        server = Server(application, listener)
-        for number in ENDING:
-            signal.signal(number, lambda *_: server.stop(GRACE))
-        ready()
-        server.run()
+    server = Server(application, listener)
+
+    def stop(*_: object) -> None:
+        server.stop(GRACE)
+        end = threading.Timer(GRACE + 1, os._exit, (0,))  # whatever a thread is still at
+        end.daemon = True
+        end.start()
+
+    for number in ENDING:
+        signal.signal(number, stop)
+    ready()
+    server.run()
 
 
-def supervise(settings: Settings, listener: socket.socket, ready: Callable[[], object]) -> None:
-    """Keep as many processes serving as are wanted, until SIGTERM or SIGINT.
-
-    No SQLite connection crosses a fork: this process has closed its own before.
-    """
+def supervise(
+    application: Application, listener: socket.socket, ready: Callable[[], object]
+) -> None:
+    """Keep as many processes serving as are wanted, until SIGTERM or SIGINT."""
     held_back = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, ENDING)
     let_through = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, ENDING)
     alive, held = os.pipe()
@@ -2955,7 +2971,7 @@ def supervise(settings: Settings, listener: socket.socket, ready: Callable[[], o
         try:
             os.close(held)
             threading.Thread(target=end_with_parent, args=(alive,), daemon=True).start()
-            serve_here(settings, listener, let_through)
+            serve_here(application, listener, let_through)
             status = 0
         except BaseException:
             log.exception("a worker failed")
@@ -2973,7 +2989,7 @@ def supervise(settings: Settings, listener: socket.socket, ready: Callable[[], o
     for number in ENDING:
         signal.signal(number, stop)
     ready()
-    while len(workers) < settings.workers and not stopping:
+    while len(workers) < application.settings.workers and not stopping:
         start()
     while workers:
         pid, status = os.wait()
@@ -3003,17 +3019,20 @@ def serve(settings: Settings) -> int:
     if settings.jwt_secret and len(settings.jwt_secret) < 32:
         log.warning("IMAGE_MANAGER_JWT_SECRET has less than the 32 characters HS256 asks for")
     raise_file_limit()
-    with sole_use(settings.data), listen(settings) as listener:
-        with contextlib.closing(create_app(settings)) as application:
-            sweep(application)
-            told = [f"listening on {address(listener)}{settings.url_prefix}"]
-            told.append(f"storing {application.catalogue.total()} images in {settings.data}")
+    with contextlib.ExitStack() as closing:
+        closing.enter_context(sole_use(settings.data))
+        listener = closing.enter_context(listen(settings))
+        application = closing.enter_context(contextlib.closing(create_app(settings)))
+        sweep(application)
+        told = [f"listening on {address(listener)}{settings.url_prefix}"]
+        told.append(f"storing {application.catalogue.total()} images in {settings.data}")
+        application.catalogue.disconnect()  # no connection of SQLite may cross a fork
         if not settings.jwt_public_key:
             program = [sys.executable or "python", sys.argv[0]]
             command = [*program, "token", "--data", str(settings.data)]
             told.append(f"get a token with: {shlex.join(command)}")
         ready = functools.partial(print, *told, sep="\n", file=sys.stderr, flush=True)
-        (supervise if settings.workers > 1 else serve_here)(settings, listener, ready)
+        (supervise if settings.workers > 1 else serve_here)(application, listener, ready)
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)  # it is ending already
     return 0
