@@ -2320,18 +2320,19 @@ class Application:
         image = self.catalogue.get(caller.tenant, image_id)
         if not image.confirmed or caller.sha256 not in ("", image.sha256):
             raise NoBinary
-        damaged, opened = None, None
-        try:
-            opened = (self._window if query.keys() & set(WINDOW) else self._file)(image, query)
-        except Damaged as error:
-            damaged = error
-        # The file may be that of another upload, or gone, since the row was read.
-        if self.catalogue.get(caller.tenant, image_id) != image:
-            if opened:
-                opened[0].close()
-            return self._open(caller, image_id, query)
-        if not opened:
-            raise damaged or Damaged
+        damaged = None
+        with contextlib.ExitStack() as closing:
+            try:
+                opened = (self._window if query.keys() & set(WINDOW) else self._file)(image, query)
+                closing.callback(opened[0].close)
+            except Damaged as error:
+                damaged = error
+            # The file may be that of another upload, or gone, since the row was read.
+            if self.catalogue.get(caller.tenant, image_id) != image:
+                return self._open(caller, image_id, query)
+            if damaged:
+                raise damaged
+            closing.pop_all()
         return (image, *opened)
 
     def _file(self, image: Image, _: Mapping[str, str]) -> tuple[Excerpt, int, dict[str, str]]:

@@ -4431,6 +4431,11 @@ def test_readme_fixture_works(tmp_path):
     assert "1 passed" in done.stdout, done.stdout
 
 
+def is_listening(port):
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_readme_nginx_serves_a_fleet_from_one_fetch(tmp_path):
     nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if not nginx:
@@ -4457,7 +4462,7 @@ def test_readme_nginx_serves_a_fleet_from_one_fetch(tmp_path):
             stderr=subprocess.DEVNULL,
         )
         try:
-            wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+            wait_until(lambda: is_listening(port))
             near = type(
                 "Near",
                 (),
