@@ -30,8 +30,10 @@ Settings. From here to the end each layer knows only those above it:
     binaries          the files: received, published, read in excerpts
     HTTP              requests and answers, conditions, ranges and bodies, as the RFCs have them
     routes            the API; the two stores meet only here
+    access log        a line for each answer, where that is asked for
     server            one thread on all sockets, a few that run the application
     processes         the lock, workers, signals; a server in a thread of yours
+    maintenance       verify and back up a store
     command line      serve, token, verify, backup
 
 The folder
@@ -65,6 +67,11 @@ What it promises; the README names the test that proves each
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 - who runs it by hand is told why, and at once
+    sys.exit("image manager: this needs Python 3.10 or newer: run it with another python3")
+
 import argparse
 import array
 import asyncio
@@ -80,6 +87,7 @@ import hashlib
 import hmac
 import http
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -94,23 +102,29 @@ import shutil
 import signal
 import socket
 import sqlite3
-import sys
 import tempfile
 import threading
 import time
 import urllib.parse
 import uuid
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bottle
-import jwt
-import multipart
-from waitress.adjustments import Adjustments
-from waitress.parser import HTTPRequestParser, ParsingError, TransferEncodingNotImplemented
+try:
+    import bottle
+    import jwt
+    import multipart
+    from waitress.adjustments import Adjustments
+    from waitress.parser import HTTPRequestParser, ParsingError, TransferEncodingNotImplemented
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"image manager: {error}: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 __version__ = "1.0.0"
 
@@ -232,6 +246,10 @@ class Unavailable(ServiceError):
     status, message = 503, "The catalogue is busy: try again"
 
 
+class ReadOnly(Unavailable):
+    message = "The catalogue cannot be written: let the service's user write image_manager.db"
+
+
 class MustWait(Unavailable):
     """Is raised where a thread that never waits finds the catalogue locked."""
 
@@ -257,73 +275,117 @@ def full_disk_as_error() -> Iterator[None]:
 # ------------------------------------------------------------------------------------- settings
 
 
-def parse_size(text: str) -> int:
+# Each of these reads a setting, text or a value of Python's; raises ValueError.
+
+
+def parse_text(value: object) -> str:
+    if not isinstance(value, str) or value.encode(errors="replace").decode() != value:
+        raise ValueError("takes text in UTF-8")
+    return value
+
+
+def parse_path(value: Any) -> Path:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError("takes a path")
+    return Path(value)
+
+
+def parse_count(value: object) -> int:
+    if not re.fullmatch("[0-9]{1,9}", str(value).strip()):
+        raise ValueError("takes a whole number")
+    return int(str(value))
+
+
+def parse_size(value: object) -> int:
     """Return the bytes of 1000, 64K, 512M or 2G (powers of 1024)."""
-    match = re.fullmatch("([1-9][0-9]{0,14})([KMG]?)", text.strip().upper())
+    match = re.fullmatch("([1-9][0-9]{0,14})([KMG]?)", str(value).strip().upper())
     if not match:
         raise ValueError("takes bytes, or a number with K, M or G such as 512M")
     return int(match[1]) * {"": 1, "K": KIB, "M": MIB, "G": GIB}[match[2]]
 
 
-def parse_switch(text: str) -> bool:
+def parse_switch(value: object) -> bool:
     words = {**dict.fromkeys(("1", "true", "yes", "on"), True), "": False}
     words |= dict.fromkeys(("0", "false", "no", "off"), False)
-    if text.strip().lower() not in words:
+    if str(value).strip().lower() not in words:
         raise ValueError("takes 1, true, yes or on, or else 0, false, no or off")
-    return words[text.strip().lower()]
+    return words[str(value).strip().lower()]
 
 
-def parse_count(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text.strip()):
-        raise ValueError("takes a whole number")
-    return int(text)
+def parse_networks(value: Any) -> tuple[Network, ...]:
+    """Return the networks of 10.0.0.0/8, of ::1, or of several with commas between."""
+    try:
+        text = value if isinstance(value, str) else ",".join(map(str, value))
+        words = filter(None, map(str.strip, text.split(",")))
+        return tuple(ipaddress.ip_network(word, strict=False) for word in words)
+    except (ValueError, TypeError) as error:
+        raise ValueError("takes an address or a network such as 10.0.0.0/8") from error
 
 
-def option(default: Any, parse: Callable[[str], Any], meaning: str) -> Any:
+def option(default: Any, parse: Callable[[Any], Any], meaning: str) -> Any:
     """Declare a field of Settings that the command line and the environment can set."""
     return dataclasses.field(default=default, metadata={"parse": parse, "meaning": meaning})
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+LIMITS = {"port": (0, 65535), "workers": (1, 64), "threads": (1, 256)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """All that can be set, made once and passed in; it reads no environment.
 
-    Raises CannotStart for values that make no sense.
+    Values may be text, as on the command line. Raises CannotStart for those that make no sense.
     """
 
-    data: Path
-    host: str = option("127.0.0.1", str, "address to listen on; 0.0.0.0 for every network")
+    data: Path = option(dataclasses.MISSING, parse_path, "folder of the store")
+    host: str = option(
+        "127.0.0.1", parse_text, "address to listen on; 0.0.0.0 or :: for every network"
+    )
     port: int = option(0, parse_count, "port to listen on; 0 picks a free one")
-    url_prefix: str = option("", str, "path below which the API answers as well: /fw-image")
-    public_url: str = option("", str, "what signed links begin with: https://fw.example.com")
+    url_prefix: str = option("", parse_text, "path below which the API answers as well: /fw-image")
+    public_url: str = option("", parse_text, "what signed links begin with: https://fw.example.com")
     workers: int = option(1, parse_count, "processes that serve")
     threads: int = option(4, parse_count, "threads of each process")
-    max_upload: int = option(512 * MIB, parse_size, "largest file taken: bytes, or with K, M, G")
+    max_upload: int = option("512M", parse_size, "largest file taken: bytes, or with K, M, G")
     require_intel_hex: bool = option(False, parse_switch, "refuse files that are not Intel HEX")
     jwt_public_key: Path | None = option(
-        None, Path, "PEM file: take only tokens signed by its owner (RS256, ES256, EdDSA)"
+        None, parse_path, "PEM file: take only tokens signed by its owner (RS256, ES256, EdDSA)"
     )
-    jwt_audience: str = option("", str, "audience (aud) that tokens must name")
-    jwt_issuer: str = option("", str, "issuer (iss) that tokens must name")
+    jwt_audience: str = option("", parse_text, "audience (aud) that tokens must name")
+    jwt_issuer: str = option("", parse_text, "issuer (iss) that tokens must name")
+    access_log: str = option(
+        "", parse_text, "file for a line about each answer; - for standard output"
+    )
+    trusted_proxy: tuple[Network, ...] = option(
+        (), parse_networks, "proxy, or network of such, whose X-Forwarded-For names the client"
+    )
     # Not an option: every user of a machine can read its command lines.
-    jwt_secret: str = dataclasses.field(default="", repr=False)
+    jwt_secret: str = dataclasses.field(default="", repr=False, metadata={"parse": parse_text})
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                if value is not None or field.default is not None:
+                    value = field.metadata["parse"](value)
+                low, high = LIMITS.get(field.name, (None, None))
+                if low is not None and not low <= value <= high:
+                    raise ValueError(f"takes a number from {low} to {high}")
+            except ValueError as error:
+                given = f", not {value!r}" if field.repr else ""
+                raise CannotStart(f"{field.name} {error}{given}") from error
+            self._set(field.name, value)
         prefix = self.url_prefix.strip("/")
-        key = self.jwt_public_key
-        tidy: dict[str, Any] = {"data": Path(self.data), "jwt_public_key": key and Path(key)}
-        tidy |= {"public_url": self.public_url.rstrip("/"), "url_prefix": prefix and "/" + prefix}
-        for name, value in tidy.items():
-            object.__setattr__(self, name, value)
-        if self.jwt_secret.encode(errors="replace").decode() != self.jwt_secret:
-            raise CannotStart("jwt-secret takes text in UTF-8")
+        self._set("public_url", self.public_url.rstrip("/"))
+        self._set("url_prefix", prefix and "/" + prefix)
         if not re.fullmatch(r"((?!image(/|$))[\w.~-]+(/[\w.~-]+)*)?", prefix, re.ASCII):
-            raise CannotStart("url-prefix takes a path such as /fw-image, not one under /image")
+            raise CannotStart("url_prefix takes a path such as /fw-image, not one under /image")
         if not re.fullmatch(r"(https?://[\x21\x23-\x3b\x3d\x3f-\x7e]+)?", self.public_url):
-            raise CannotStart("public-url takes an address such as https://fw.example.com")
-        for name, low, high in (("port", 0, 65535), ("workers", 1, 64), ("threads", 1, 256)):
-            if not low <= getattr(self, name) <= high:
-                raise CannotStart(f"{name} takes a number from {low} to {high}")
+            raise CannotStart("public_url takes an address such as https://fw.example.com")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen
 
 
 def make_folder(path: Path) -> None:
@@ -337,6 +399,16 @@ def make_folder(path: Path) -> None:
         raise CannotStart(f"Cannot write in {path} ({error.strerror}): {remedy}") from error
 
 
+def sync(file: int) -> None:
+    """Bring an open file to the disk; macOS has a call of its own for that: its fcntl(2)."""
+    try:
+        import fcntl
+
+        fcntl.fcntl(file, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined]
+    except (ImportError, AttributeError, OSError):  # another system, or a disk without it
+        os.fsync(file)
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder last through a power cut."""
     try:
@@ -344,7 +416,7 @@ def sync_folder(path: Path) -> None:
     except PermissionError:  # Windows opens no folders; NTFS keeps a journal of its names
         return
     try:
-        os.fsync(folder)
+        sync(folder)
     finally:
         os.close(folder)
 
@@ -391,18 +463,8 @@ def load_secret(folder: Path) -> str:
     path = folder / "secret.key"
     try:
         if not path.exists():
-            handle, draft = tempfile.mkstemp(dir=folder)  # mode 0600
-            with open(handle, "w") as file:
-                file.write(secrets.token_hex(32) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                with contextlib.suppress(FileExistsError):  # another process was faster
-                    os.link(draft, path)
-                os.unlink(draft)
-            except OSError:  # a file system without hard links, such as FAT
-                os.replace(draft, path)
-            sync_folder(folder)
+            make_folder(folder)
+            make_secret(path)
         secret = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise CannotStart(f"Cannot read or make {path} ({error}): make it readable") from error
@@ -410,6 +472,26 @@ def load_secret(folder: Path) -> str:
         remedy = "restore it, or delete it, which ends all tokens"
         raise CannotStart(f"{path} holds no secret of 32 characters or more: {remedy}")
     return secret
+
+
+def make_secret(path: Path) -> None:
+    """Make a file with a new secret, which appears whole or not at all."""
+    handle, draft = tempfile.mkstemp(".draft", path.name, path.parent)  # mode 0600
+    try:
+        with open(handle, "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+            file.flush()
+            sync(file.fileno())
+        try:
+            os.link(draft, path)
+        except FileExistsError:  # another process was faster
+            pass
+        except OSError:  # a file system without hard links, such as FAT
+            os.replace(draft, path)
+        sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
 
 
 def load_public_key(path: Path) -> tuple[Any, str]:
@@ -904,6 +986,43 @@ MIGRATIONS = (
     CREATE INDEX image_by_precedence ON image (tenant, label, precedence, created)
         WHERE confirmed = 1
     """,
+    # The segments are in the report as well. A date of storage outlives its binary: the next one
+    # must have a later one. Tables are made anew, as SQLite drops columns only since 3.35.
+    """
+    DROP INDEX image_by_age;
+    DROP INDEX image_by_label;
+    DROP INDEX image_by_version;
+    DROP INDEX image_by_confirmed;
+    DROP INDEX image_by_precedence;
+    ALTER TABLE image RENAME TO image_1;
+    CREATE TABLE image (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        tenant TEXT NOT NULL,
+        label TEXT NOT NULL,
+        fw_version TEXT NOT NULL,
+        precedence TEXT NOT NULL,  -- semver_key(fw_version)
+        created TEXT NOT NULL,
+        updated TEXT,
+        confirmed INTEGER NOT NULL DEFAULT 0,
+        size INTEGER,
+        sha256 TEXT,
+        stored TEXT,  -- when the binary was, or the last one
+        report TEXT  -- of sound Intel HEX: the layout that clients see, as JSON
+    );
+    INSERT INTO image SELECT seq, id, tenant, label, fw_version, precedence, created, updated,
+        confirmed, size, sha256, coalesce(stored, updated), report FROM image_1;
+    DELETE FROM sqlite_sequence WHERE name = 'image';
+    INSERT INTO sqlite_sequence (name, seq)
+        SELECT 'image', seq FROM sqlite_sequence WHERE name = 'image_1';
+    DROP TABLE image_1;
+    CREATE INDEX image_by_age ON image (tenant, created);
+    CREATE INDEX image_by_label ON image (tenant, label, created);
+    CREATE INDEX image_by_version ON image (tenant, fw_version, created);
+    CREATE INDEX image_by_confirmed ON image (tenant, confirmed, created);
+    CREATE INDEX image_by_precedence ON image (tenant, label, precedence) WHERE confirmed = 1;
+    CREATE TABLE removed (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE)
+    """,
 )
 
 # SQLite writes the JSON: 10,000 images in 10 to 17 ms, against 46 ms by way of json.dumps.
@@ -920,7 +1039,7 @@ COLUMNS = "id, tenant, confirmed, size, sha256, stored, report IS NOT NULL, upda
 ONE = "FROM image WHERE id = :id AND tenant = :tenant"
 LATEST = f"""SELECT fw_version, precedence, {IMAGE_JSON} FROM image
     WHERE tenant = :tenant AND label = :label AND confirmed = 1
-    ORDER BY precedence DESC, created DESC, seq DESC LIMIT 1"""
+    ORDER BY precedence DESC, seq DESC LIMIT 1"""
 FILTERS = {name: f" AND {name} = :{name}" for name in ("label", "fw_version", "confirmed")}
 LIST = """SELECT '[' || coalesce(group_concat(item), '') || ']' FROM (
     SELECT {item} AS item FROM image WHERE tenant = :tenant{filters}
@@ -931,12 +1050,21 @@ ADD = """INSERT INTO image (id, tenant, label, fw_version, precedence, created)
 CHANGE = """UPDATE image SET label = coalesce(:label, label), updated = :now,
     fw_version = coalesce(:fw_version, fw_version), precedence = coalesce(:precedence, precedence)
     WHERE id = :id AND tenant = :tenant"""
-CONFIRM = """UPDATE image SET confirmed = 1, size = :size, sha256 = :sha256, stored = :now,
-    updated = :now, report = :report, segments = :segments
-    WHERE id = :id AND tenant = :tenant AND confirmed = 0"""
-CLEAR = """UPDATE image SET confirmed = 0, size = NULL, sha256 = NULL, stored = NULL,
-    updated = :now, report = NULL, segments = NULL
-    WHERE id = :id AND tenant = :tenant AND confirmed = 1"""
+CONFIRM = """UPDATE image SET confirmed = 1, size = :size, sha256 = :sha256, stored = :stored,
+    updated = :now, report = :report WHERE id = :id AND tenant = :tenant AND confirmed = 0"""
+CLEAR = """UPDATE image SET confirmed = 0, size = NULL, sha256 = NULL, report = NULL,
+    updated = :now WHERE id = :id AND tenant = :tenant AND confirmed = 1"""
+# The last of those whose files may still be there. More need not be known: the files of those
+# before are gone for good once so many transactions have been synced after their deletion.
+REMOVE = (
+    f"DELETE {ONE}",
+    "INSERT INTO removed (id) VALUES (:id)",
+    "DELETE FROM removed WHERE seq <= last_insert_rowid() - 10000",
+)
+IN_USE = """SELECT id || '.hex' FROM image WHERE confirmed = 1
+    UNION ALL SELECT id || '.bin' FROM image WHERE confirmed = 1 AND report IS NOT NULL"""
+LEFT_OVER = """SELECT confirmed = 0 OR (:suffix = '.bin' AND report IS NULL) FROM image
+    WHERE id = :id UNION ALL SELECT 1 FROM removed WHERE id = :id"""
 
 
 PATIENCE = 10  # seconds that a write waits for other processes
@@ -947,6 +1075,11 @@ PRAGMAS = (
     "wal_autocheckpoint = 200",
     # KiB, instead of 2,000 for each thread's connection: the system caches the file as well.
     "cache_size = -700",
+    # After a long reader of some other tool, give back what its patience has cost.
+    "journal_size_limit = 1048576",
+    # macOS has a call of its own that brings all to the disk; others know no difference.
+    "fullfsync = 1",
+    "checkpoint_fullfsync = 1",
 )
 
 
@@ -964,12 +1097,11 @@ class Image(NamedTuple):
 
 
 class Binary(NamedTuple):
-    """What is recorded of a binary; report and segments, as JSON, for sound Intel HEX only."""
+    """What is recorded of a binary; a report, as JSON, for sound Intel HEX only."""
 
     size: int
     sha256: str
     report: str | None
-    segments: str | None
 
 
 class Catalogue:
@@ -980,22 +1112,52 @@ class Catalogue:
     """
 
     def __init__(self, path: Path, make: bool = True) -> None:
-        """Open the catalogue, made or migrated where needed if `make`; raises CannotStart."""
-        self._path, self._closed, self._make = path, False, make
+        """Open the catalogue, made or migrated where needed if `make`, else for reading alone.
+
+        Raises CannotStart.
+        """
+        self._path, self._closed, self._make, self._place = path, False, make, (0, 0)
+        self._thread = threading.local()
+        self._own()
+        CATALOGUES.add(self)
+        try:
+            with self._transaction() if make else self._connection() as connection:
+                self._migrate(connection)
+            if make and not os.access(
+                path, os.W_OK
+            ):  # of which SQLite says nothing before a change
+                raise ReadOnly
+            self._place = self._find()
+        except (ServiceError, CannotStart) as error:
+            self.close()
+            reason: object = error.__cause__ or error
+            remedy = "restore it from a backup"
+            if isinstance(error, ReadOnly):
+                reason, remedy = "it is read-only", "let this user write it"
+            message = f"Cannot use {path} as the catalogue ({reason}): {remedy}"
+            raise CannotStart(f"{message}, or name another folder with --data") from error
+
+    def _own(self) -> None:
+        """Begin with no connections, and locks that nobody holds, in this process."""
+        self._process = os.getpid()
         # Connections to lend to whatever thread asks, by whether they wait for a lock.
         self._idle: dict[bool, list[sqlite3.Connection]] = {True: [], False: []}
-        self._thread = threading.local()
         # Threads queue here. SQLite's own waiting, for other processes, sleeps for up to 100 ms.
         self._writing = threading.RLock()
         self._additions: list[dict[str, Any]] = []  # that no thread has begun to record
+
+    def _find(self) -> tuple[int, int]:
+        """Return where the file lies that now has the catalogue's name, (0, 0) if there is none."""
         try:
-            with self._transaction() as connection:
-                self._migrate(connection)
-        except (ServiceError, CannotStart) as error:
-            self.close()
-            remedy = "restore it from a backup, or name another folder with --data"
-            reason = error.__cause__ or error
-            raise CannotStart(f"Cannot use {path} as the catalogue ({reason}): {remedy}") from error
+            found = os.stat(self._path)
+        except OSError:
+            return 0, 0
+        return found.st_dev, found.st_ino
+
+    def require_in_place(self) -> None:
+        """Raise Unavailable where changes would be lost: the file has been deleted or replaced."""
+        if self._place not in ((0, 0), self._find()):
+            raise Unavailable("The catalogue was deleted or replaced: restart the service")
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -1016,9 +1178,13 @@ class Catalogue:
         self._thread.waits = False
 
     def _open(self, waits: bool) -> sqlite3.Connection:
-        timeout = PATIENCE if waits else 0
+        self.require_in_place()
         connection = sqlite3.connect(
-            self._path, timeout=timeout, isolation_level=None, check_same_thread=False
+            self._path.absolute().as_uri() + ("" if self._make else "?mode=ro"),
+            uri=True,
+            timeout=PATIENCE if waits else 0,
+            isolation_level=None,
+            check_same_thread=False,
         )
         try:
             for pragma in PRAGMAS:
@@ -1031,6 +1197,9 @@ class Catalogue:
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection; the one place where SQLite's errors become the service's own."""
+        if os.getpid() != self._process:
+            self._inherited = self._idle  # not to be closed: they are the parent's
+            self._own()
         connection, waits = None, getattr(self._thread, "waits", True)
         try:
             # Another thread may take the last one between a test and the pop.
@@ -1043,7 +1212,7 @@ class Catalogue:
                 connection.close()
                 connection = None
             locked = Unavailable if waits else MustWait
-            known = {"disk is full": StorageFull, "is locked": locked}
+            known = {"disk is full": StorageFull, "is locked": locked, "readonly": ReadOnly}
             found = [kind for words, kind in known.items() if words in str(error)]
             raise (found or [Damaged])[0]() from error
         finally:
@@ -1056,6 +1225,7 @@ class Catalogue:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection with SQLite's one write lock; at the end all is on the disk."""
         with self._writing, self._connection() as connection:
+            self.require_in_place()
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -1122,7 +1292,7 @@ class Catalogue:
 
     def segments(self, image: Image) -> list[tuple[int, int]]:
         """Return (address, size) of the data of sound Intel HEX; nothing for any other file."""
-        row = self._row(f"SELECT segments {ONE}", id=image.id, tenant=image.tenant)
+        row = self._row(f"SELECT report {ONE}", id=image.id, tenant=image.tenant)
         return parse_segments(row[0]) if row and row[0] else []
 
     def tenant(self, image_id: str) -> str:
@@ -1178,14 +1348,17 @@ class Catalogue:
         published = False
         try:
             with self._transaction() as connection:
-                row = connection.execute(f"SELECT confirmed, sha256 {ONE}", key).fetchone()
+                row = connection.execute(f"SELECT confirmed, sha256, stored {ONE}", key).fetchone()
                 if not row:
                     raise NoSuchImage(image_id)
-                if row[0] and row[1] != binary.sha256:
+                confirmed, sha256, last = row
+                if confirmed and sha256 != binary.sha256:
                     raise BinaryExists
                 published = True
                 publish()
-                connection.execute(CONFIRM, {**key, **binary._asdict(), "now": now_text()})
+                now = now_text()
+                dates = {"now": now, "stored": max(now, a_second_after(last)) if last else now}
+                connection.execute(CONFIRM, {**key, **binary._asdict(), **dates})
         except BaseException:
             if published:
                 self.unless_confirmed(image_id, withdraw)
@@ -1206,7 +1379,8 @@ class Catalogue:
             row = connection.execute(f"SELECT {IMAGE_JSON} {ONE}", key).fetchone()
             if not row:
                 raise NoSuchImage(image_id)
-            connection.execute(f"DELETE {ONE}", key)
+            for statement in REMOVE:
+                connection.execute(statement, key)
         return str(row[0])
 
     def unless_confirmed(self, image_id: str, action: Callable[[], None]) -> None:
@@ -1222,16 +1396,40 @@ class Catalogue:
             rows = connection.execute(f"SELECT {COLUMNS} FROM image WHERE confirmed = 1")
             return [Image(*row) for row in rows]
 
-    def file_names(self) -> set[str]:
-        """Return the names of all files that binaries have."""
-        sql = "SELECT id || '.{}' FROM image WHERE confirmed = 1"
-        both = f"{sql.format('hex')} UNION ALL {sql.format('bin')} AND report IS NOT NULL"
+    def strays(self, names: Iterable[str]) -> dict[str, bool]:
+        """Return which of these files no binary has, and whether the catalogue says so itself.
+
+        False is for a file of which nothing is known: the catalogue may be older than that.
+        """
         with self._connection() as connection:
-            return {name for (name,) in connection.execute(both)}
+            in_use = {name for (name,) in connection.execute(IN_USE)}
+            found = {}
+            for name in set(names) - in_use:
+                image_id, suffix = os.path.splitext(name)
+                key = {"id": image_id, "suffix": suffix}
+                left = [said for (said,) in connection.execute(LEFT_OVER, key)]
+                found[name] = suffix in (".hex", ".bin") and left != [] and all(left)
+            return found
+
+    def faults(self, check: str = "integrity_check") -> list[str]:
+        """Return what SQLite finds wrong with the file; quick_check leaves out the indexes."""
+        try:
+            with self._connection() as connection:
+                rows = connection.execute(f"PRAGMA {check}(10)").fetchall()
+        except Damaged as error:
+            return [str(error.__cause__)]
+        return [str(row[0]) for row in rows if row[0] != "ok"]
 
     def ever_used(self) -> bool:
         """Tell whether there ever was an image."""
         return self._row("SELECT 1 FROM sqlite_sequence WHERE seq > 0") is not None
+
+    def check(self) -> None:
+        """Raise ServiceError where images cannot be read, or recorded for good."""
+        self.require_in_place()
+        self.total()
+        if not os.access(self._path, os.W_OK):
+            raise ReadOnly
 
     def total(self) -> int:
         """Return how many images all tenants have."""
@@ -1243,13 +1441,35 @@ class Catalogue:
             connection.backup(copy)
 
 
+CATALOGUES: weakref.WeakSet[Catalogue] = weakref.WeakSet()
+
+
+def disconnect_all() -> None:
+    """Close what no thread uses, before a fork: SQLite would take the parent's locks for its own.
+
+    See "How To Corrupt An SQLite Database File", 2.6.
+    """
+    for catalogue in list(CATALOGUES):
+        catalogue.disconnect()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=disconnect_all)
+
+
 @functools.lru_cache(maxsize=16)
-def parse_segments(text: str) -> list[tuple[int, int]]:
-    return [(address, size) for address, size in json.loads(text)]
+def parse_segments(report: str) -> list[tuple[int, int]]:
+    segments = json.loads(report)["segments"]
+    return [(int(segment["address"], 16), segment["size"]) for segment in segments]
 
 
 def now_text() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+
+
+def a_second_after(moment: str) -> str:
+    later = datetime.fromisoformat(moment) + timedelta(seconds=1)
+    return later.isoformat(timespec="microseconds")
 
 
 # ------------------------------------------------------------------------------------- binaries
@@ -1394,13 +1614,12 @@ class Upload:
             self._put_in_order(layout.extents)
         for file in self._files.values():
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
             file.close()
         report = json.dumps(layout.report()) if layout else None
-        segments = json.dumps(layout.segments()) if layout else None
         # The catalogue needs it in its log and in its table.
-        require_space(self._folder, 3 * (len(report or "") + len(segments or "")))
-        return Binary(self._size, self._hash.hexdigest(), report, segments)
+        require_space(self._folder, 3 * len(report or ""))
+        return Binary(self._size, self._hash.hexdigest(), report)
 
     def _put_in_order(self, extents: list[Extent]) -> None:
         """Write the .bin anew where the file was not in the order of its addresses."""
@@ -1439,6 +1658,9 @@ class BinaryStore:
         if make:
             make_folder(self.folder)
             make_folder(self.uploads)
+            if self.folder.stat().st_dev != self.uploads.stat().st_dev:
+                remedy = "what arrives in one must appear in the other in one step"
+                raise CannotStart(f"{self.folder} and tmp are on two file systems: {remedy}")
             sync_folder(folder)
 
     @contextlib.contextmanager
@@ -1470,18 +1692,21 @@ class BinaryStore:
         return self.folder / (image_id + suffix)
 
     def open(self, image_id: str, suffix: str, size: int) -> io.FileIO:
-        """Open a file for reading; raises Damaged where it is missing or has another size."""
-        found = "missing"
-        with contextlib.suppress(FileNotFoundError):
+        """Open a file for reading; raises Damaged where it is not there, readable and whole."""
+        try:
             # One string: putting a Path together takes as long as opening the file.
             file = open(f"{self.folder}{os.sep}{image_id}{suffix}", "rb", buffering=0)
             actual = os.fstat(file.fileno()).st_size
             if actual == size:
                 return file
             file.close()
-            found = f"{actual} bytes long instead of {size}"
+            found = f"is {actual} bytes long instead of {size}"
+        except FileNotFoundError:
+            found = "is missing"
+        except OSError as error:
+            found = f"cannot be read ({error.strerror})"
         remedy = "upload the same file again to restore it"
-        raise Damaged(f"The {suffix[1:]} file of image {image_id} is {found}: {remedy}")
+        raise Damaged(f"The {suffix[1:]} file of image {image_id} {found}: {remedy}")
 
     def names(self) -> set[str]:
         """Return the names of all files that are there."""
@@ -1568,6 +1793,7 @@ class Request(HTTPRequestParser):
         super().__init__(Adjustments)  # the class itself: its attributes are the defaults
         line, _, lines = header.partition(b"\r\n")
         method, target, minor = parse_request_line(line)
+        self.target = target.decode()
         self.version = "1.0" if minor == b"0" else "1.1"
         if not HEADER_LINES.fullmatch(lines):
             raise BadRequest("A line of the header is not of the form Name: value")
@@ -1905,7 +2131,8 @@ def check_file_name(name: str, found: bool) -> None:
 # ------------------------------------------------------------------------------------- routes
 
 PUBLIC = ""  # in the place of a right: looks at no token
-ADMITTED = "image_manager.caller"  # in environ: who was let in by admit()
+# In environ: who asks, once that is known, and that they may.
+CALLER, ADMITTED = "image_manager.caller", "image_manager.admitted"
 SMALL_RANGE = 64 * KIB  # bytes that are read at once; more are sent from the open file
 LARGEST_WINDOW = 256 * MIB
 
@@ -1950,6 +2177,15 @@ ROUTES = (
 )  # fmt: skip
 
 
+def require_sound(catalogue: Catalogue) -> None:
+    """Raise CannotStart where the catalogue is damaged."""
+    faults = catalogue.faults("quick_check")
+    if faults:
+        catalogue.close()
+        remedy = "restore image_manager.db from a backup"
+        raise CannotStart(f"The catalogue is damaged ({faults[0]}): {remedy}")
+
+
 def require_catalogue(catalogue: Catalogue, binaries: BinaryStore) -> None:
     """Raise CannotStart where there are binaries, but there never was an image."""
     if not catalogue.ever_used() and binaries.names():
@@ -1978,6 +2214,47 @@ def as_service_error(error: bottle.HTTPError) -> ServiceError:
     return ServiceError()
 
 
+class Admission:
+    """Tells from the header of a request alone who asks, and whether they may."""
+
+    def __init__(
+        self, settings: Settings, tokens: Tokens, catalogue: Catalogue, binaries: BinaryStore
+    ) -> None:
+        self._settings, self._tokens = settings, tokens
+        self._catalogue, self._binaries = catalogue, binaries
+
+    def admit(self, route: Route, environ: dict[str, Any], names: Mapping[str, str]) -> None:
+        """Let a request in, and note in environ who asks.
+
+        Raises Unauthorised, Forbidden, TooLarge, StorageFull.
+        """
+        caller = environ[CALLER] = self._caller(route, environ, names)
+        if route.right not in caller.rights:
+            raise Forbidden(route.right)
+        announced = environ.get("CONTENT_LENGTH") or "0"
+        # int() raises above 4,300 digits, and zeros in front are digits too.
+        size = int(announced.lstrip("0")[:18] or 0) if announced.isdecimal() else 0
+        if size > self.limit(route):
+            raise TooLarge(self.limit(route))
+        if route.takes in ("form", "file"):
+            require_space(self._binaries.uploads, size)
+        environ[ADMITTED] = True
+
+    def _caller(self, route: Route, environ: Mapping[str, Any], names: Mapping[str, str]) -> Caller:
+        if route.right == PUBLIC:
+            return Caller("", frozenset([PUBLIC]))
+        if route.by_link and "signature" in (query := parse_query(environ)):
+            sha256, expires = self._tokens.verify_link(names["image_id"], query)
+            tenant = self._catalogue.tenant(names["image_id"])
+            return Caller(tenant, frozenset([READ]), expires=expires, sha256=sha256)
+        return self._tokens.verify(environ.get("HTTP_AUTHORIZATION"))
+
+    def limit(self, route: Route) -> int:
+        """Return the largest body that a route takes, in bytes."""
+        largest = self._settings.max_upload
+        return {"file": largest, "form": largest + JSON_LIMIT}.get(route.takes, JSON_LIMIT)
+
+
 class Application:
     """The service, as a WSGI application."""
 
@@ -1988,6 +2265,8 @@ class Application:
         self.tokens = Tokens(settings, settings.jwt_secret or load_secret(settings.data))
         self.binaries = BinaryStore(settings.data)
         self.catalogue = Catalogue(settings.data / "image_manager.db")
+        self.admission = Admission(settings, self.tokens, self.catalogue, self.binaries)
+        require_sound(self.catalogue)
         require_catalogue(self.catalogue, self.binaries)
         self.catalogue.disconnect()  # a server may fork now, and no connection may cross that
         self._slow = {route.path for route in ROUTES if not route.quick}
@@ -2013,7 +2292,9 @@ class Application:
             started[:] = status, headers
 
         try:
-            content = self(request.environ.copy(), start_response)
+            environ = request.environ.copy()  # as Bottle writes in it
+            content = self(environ, start_response)
+            request.environ[CALLER] = environ.get(CALLER)
             body = content if isinstance(content, Excerpt) else b"".join(content)
             status, headers = started
             keep = not last and request.keeps_open(int(status[:3]))
@@ -2045,47 +2326,17 @@ class Application:
         handler = getattr(self, route.handler)
 
         def guarded(**names: str) -> bottle.HTTPResponse:
-            environ, caller, status = bottle.request.environ, None, 500
+            environ, reason = bottle.request.environ, ""
             try:
-                caller = environ.get(ADMITTED) or self._check(route, environ, names)
-                response = handler(caller, **names)
-                status = response.status_code
-            except ServiceError as error:
-                response, status = self.error_response(error), error.status
-            finally:
-                self._log(route, environ, caller, status)
+                if ADMITTED not in environ:
+                    self.admission.admit(route, environ, names)
+                response = handler(environ[CALLER], **names)
+            except Exception as error:
+                response, reason = self.error_response(error), str(error)
+            self._log(route, environ, response.status_code, reason)
             return response
 
         return guarded
-
-    def _check(self, route: Route, environ: Mapping[str, Any], names: dict[str, str]) -> Caller:
-        """Return who calls, if they may, looking at the header alone.
-
-        Raises Unauthorised, Forbidden, TooLarge, StorageFull.
-        """
-        if route.right == PUBLIC:
-            caller = Caller("", frozenset([PUBLIC]))
-        elif route.by_link and "signature" in (query := parse_query(environ)):
-            sha256, expires = self.tokens.verify_link(names["image_id"], query)
-            tenant = self.catalogue.tenant(names["image_id"])
-            caller = Caller(tenant, frozenset([READ]), expires=expires, sha256=sha256)
-        else:
-            caller = self.tokens.verify(environ.get("HTTP_AUTHORIZATION"))
-        if route.right not in caller.rights:
-            raise Forbidden(route.right)
-        announced = environ.get("CONTENT_LENGTH") or "0"
-        # int() raises above 4,300 digits, and zeros in front are digits too.
-        size = int(announced.lstrip("0")[:18] or 0) if announced.isdecimal() else 0
-        if size > self._limit(route):
-            raise TooLarge(self._limit(route))
-        if route.takes in ("form", "file"):
-            require_space(self.binaries.uploads, size)
-        return caller
-
-    def _limit(self, route: Route) -> int:
-        """Return the largest body that a route takes, in bytes."""
-        largest = self.settings.max_upload
-        return {"file": largest, "form": largest + JSON_LIMIT}.get(route.takes, JSON_LIMIT)
 
     def admit(self, environ: dict[str, Any]) -> int:
         """Check a request before its body has come; return how many bytes that may have.
@@ -2099,11 +2350,11 @@ class Application:
             raise as_service_error(error) from error
         route: Route = found.config["route"]
         try:
-            environ[ADMITTED] = self._check(route, environ, names)
+            self.admission.admit(route, environ, names)
         except ServiceError as error:
-            self._log(route, environ, None, error.status)
+            self._log(route, environ, error.status, str(error))
             raise
-        return self._limit(route)
+        return self.admission.limit(route)
 
     def is_quick(self, method: str, path: str, query: str) -> bool:
         """Tell whether a request is one to answer at once rather than in a thread."""
@@ -2120,22 +2371,22 @@ class Application:
             error = ServiceError()
         elif error.status in (500, 503) and not isinstance(error, MustWait):
             log.error("%s (%s)", error, error.__cause__)
-        elif error.status == 401:
-            log.info("refused: %s", json.dumps(str(error)))  # quoted: parts come from the token
         # Without this a cache may keep a 404 as long as it likes: RFC 9111, 4.2.2.
         headers = {"Cache-Control": "no-store", **error.headers}
         return answer(error.body(), error.status, headers)
 
-    def _log(
-        self, route: Route, environ: Mapping[str, Any], caller: Caller | None, status: int
-    ) -> None:
-        """Log a request that changes something, or would have."""
-        if route.right not in (WRITE, DELETE):
+    def _log(self, route: Route, environ: Mapping[str, Any], status: int, reason: str) -> None:
+        """Log a request that changes something, or would have, and one whose token is refused."""
+        if route.right not in (WRITE, DELETE) and status not in (401, 403):
             return
-        tenant, subject = (caller.tenant, caller.subject) if caller else (None, None)
-        path = urllib.parse.quote(environ["PATH_INFO"])
-        parts = json.dumps(tenant), json.dumps(subject)[:200], route.method, path[:200], status
-        log.info("tenant=%s sub=%s %s %s %s", *parts)
+        caller = environ.get(CALLER)
+        known = (caller.tenant, caller.subject) if caller else (None, None)
+        names = [json.dumps(name)[:200] for name in known]
+        asked = route.method, urllib.parse.quote(environ["PATH_INFO"])[:200], status
+        # Quoted: parts of the reason come from the token.
+        why = [json.dumps(reason)[:300]] if status in (401, 403) else []
+        log.info("%s tenant=%s sub=%s %s", environ.get("REMOTE_ADDR", "-"), *names,
+                 " ".join(map(str, [*asked, *why])))  # fmt: skip
 
     def _path(self, *parts: str) -> str:
         return "/".join([self.settings.url_prefix, *parts])
@@ -2145,7 +2396,7 @@ class Application:
     def health(self, caller: Caller) -> bottle.HTTPResponse:
         """Tell whether the service can read its catalogue and write in its folder."""
         try:
-            self.catalogue.total()
+            self.catalogue.check()
             self.binaries.check()
         except (ServiceError, OSError) as error:
             raise Unavailable(f"Not healthy: {error}") from error
@@ -2499,6 +2750,90 @@ def create_app(settings: Settings) -> Application:
     return Application(settings)
 
 
+# ------------------------------------------------------------------------------------- access log
+
+
+class AccessLog:
+    """A line for each answer in the Combined Log Format, in a file that processes may share."""
+
+    def __init__(self, path: str) -> None:
+        """Open a file, standard output for "-"; raises CannotStart."""
+        self._path, self._file = path, 1
+        try:
+            self.reopen()
+        except OSError as error:
+            raise CannotStart(f"Cannot write {path} ({error.strerror}): name another") from error
+
+    def reopen(self) -> None:
+        """Open the file anew, as when logrotate has moved it away; raises OSError."""
+        if self._path != "-":
+            opened = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+            self.close()
+            self._file = opened
+
+    def close(self) -> None:
+        if self._file > 1:
+            os.close(self._file)
+            self._file = 1
+
+    def write(self, environ: Mapping[str, Any], target: str, status: int, size: int) -> None:
+        """Note an answer: to what, its status, how many bytes of its body were sent."""
+        asked = "-"
+        if target:
+            words = environ["REQUEST_METHOD"], without_signature(target), environ["SERVER_PROTOCOL"]
+            asked = " ".join(words)
+        fields = asked, environ.get("HTTP_REFERER", "-"), environ.get("HTTP_USER_AGENT", "-")
+        request, referrer, agent = map(quoted, fields)
+        who = f"{environ['REMOTE_ADDR'] or '-'} - {user_name(environ.get(CALLER))}"
+        when = log_time(int(time.time()))
+        line = f"{who} [{when}] {request} {status} {size or '-'} {referrer} {agent}\n"
+        with contextlib.suppress(OSError):  # a full disk must not stop the answers
+            os.write(self._file, line.encode("latin-1"))
+
+
+@functools.lru_cache(maxsize=4)
+def log_time(seconds: int) -> str:
+    return time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(seconds))
+
+
+def quoted(text: str) -> str:
+    text = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + re.sub("[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text) + '"'
+
+
+def user_name(caller: Caller | None) -> str:
+    """Return tenant or tenant/subject, percent-encoded; link; or - for nobody."""
+    if caller and caller.sha256:
+        return "link"
+    subject = caller.subject if caller else None
+    names = [caller.tenant] if caller and caller.tenant else ["-"]
+    names += [subject if isinstance(subject, str) else json.dumps(subject)] if subject else []
+    return "/".join(urllib.parse.quote(name, safe="", errors="replace") for name in names)
+
+
+def without_signature(target: str) -> str:
+    """Return a request's target without what makes a link work."""
+    path, _, query = target.partition("?")
+    parts = [(part, urllib.parse.unquote_plus(part.partition("=")[0])) for part in query.split("&")]
+    kept = "&".join(part for part, name in parts if name != "signature")
+    return f"{path}?{kept}" if kept else path
+
+
+@functools.lru_cache(maxsize=1024)
+def client_address(peer: str, forwarded: str, trusted: tuple[Network, ...]) -> str:
+    """Return the last address on the way here that is not one of the trusted proxies."""
+    found = peer
+    for hop in [peer, *reversed(forwarded.split(","))]:
+        try:
+            address = ipaddress.ip_address(hop.strip())
+        except ValueError:  # what a proxy may write in the place of one: unknown
+            break
+        found = str(address)
+        if not any(address in network for network in trusted):
+            break
+    return found
+
+
 # ------------------------------------------------------------------------------------- server
 # One thread, the loop, owns every socket; a few others run the application and touch none. The way
 # of a request:
@@ -2519,7 +2854,9 @@ LINGER_BYTES = 64 * MIB  # at most: closing with bytes unread would destroy the 
 GRACE = 30  # seconds that requests in flight may take to end
 SEND_BLOCK = 64 * KIB  # bytes of an answer that are read ahead of the client
 SENDFILE_BLOCK = MIB  # bytes that the system sends of a file in one call
-ENDING = (signal.SIGTERM, signal.SIGINT)
+ENDING = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+]
 
 # What a connection waits for: by reading, or otherwise.
 READING = HEADER, BODY, END = ("the next header", "the rest of a body", "the client's end")
@@ -2535,7 +2872,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, server: Server) -> None:
         self._server, self._loop = server, asyncio.get_running_loop()
-        self._application = server.application
+        self._application, self._trusted = server.application, server.settings.trusted_proxy
         self._received = bytearray()
         self._half_closed = self._lost = self._blocked = False
         self._life = self._live()
@@ -2547,8 +2884,8 @@ class Connection(asyncio.Protocol):
         self.transport = transport
         # A client that has reset the connection already leaves None.
         host, port = (transport.get_extra_info("sockname") or ("", 0))[:2]
-        client = transport.get_extra_info("peername") or ("",)
-        self._addresses = {"SERVER_NAME": host, "SERVER_PORT": str(port), "REMOTE_ADDR": client[0]}
+        client = (transport.get_extra_info("peername") or ("",))[0].removeprefix("::ffff:")
+        self._addresses = {"SERVER_NAME": host, "SERVER_PORT": str(port), "REMOTE_ADDR": client}
         transport.set_write_buffer_limits(0)  # resume_writing() comes when all is sent
         self._server.connections.add(self)
         self._step()
@@ -2615,10 +2952,11 @@ class Connection(asyncio.Protocol):
         """Answer one request after the other, then close."""
         keep = True
         while keep:
-            header = b""
+            header, request, answer = b"", None, None
             try:
-                header = yield from self._header()
-                answer = (yield from self._answer(Request(header))) if header else None
+                if header := (yield from self._header()):
+                    request = Request(header)
+                    answer = yield from self._answer(request)
             except Exception as error:
                 is_head = (header or self._received).startswith(b"HEAD ")
                 answer = self._application.refuse(error, is_head)
@@ -2626,8 +2964,11 @@ class Connection(asyncio.Protocol):
                 if answer and isinstance(answer.body, Excerpt):
                     answer.body.close()
                 return
-            yield from self._send(answer)
-            keep = answer.keep
+            self._sent, keep = 0, answer.keep
+            try:
+                yield from self._send(answer)
+            finally:
+                self._log(request, answer)
             if keep and self._received:  # a pipeline lets the others in between
                 yield from self._turn()
         yield from self._linger()
@@ -2653,6 +2994,10 @@ class Connection(asyncio.Protocol):
     def _answer(self, request: Request) -> Generator[str, Any, Answer | None]:
         """Return the answer to a request, None where the client has gone."""
         request.environ |= self._addresses
+        if self._trusted:
+            forwarded = request.environ.get("HTTP_X_FORWARDED_FOR", "")
+            named = client_address(request.environ["REMOTE_ADDR"], forwarded, self._trusted)
+            request.environ["REMOTE_ADDR"] = named
         with contextlib.closing(request):
             if request.has_body:
                 limit = self._application.admit(request.environ)
@@ -2683,6 +3028,7 @@ class Connection(asyncio.Protocol):
         self._touch()
         if isinstance(answer.body, bytes) and len(answer.body) <= SEND_BLOCK:
             self.transport.write(answer.head + answer.body)
+            self._sent = len(answer.body)
         else:
             self.transport.write(answer.head)
             yield from self._send_body(answer.body)
@@ -2705,6 +3051,7 @@ class Connection(asyncio.Protocol):
                     yield from self._turn()
                 self._touch()
         finally:
+            self._sent = content.tell()
             if sending and sending.cancel():  # the system may still be at the file
                 sending.add_done_callback(lambda _: content.close())
             else:
@@ -2725,6 +3072,13 @@ class Connection(asyncio.Protocol):
         except (OSError, RuntimeError):  # the client has gone
             self.transport.abort()
 
+    def _log(self, request: Request | None, answer: Answer) -> None:
+        if self._server.access_log:
+            environ, target = (
+                (request.environ, request.target) if request else (self._addresses, "")
+            )
+            self._server.access_log.write(environ, target, answer.status, self._sent)
+
     def _turn(self) -> Life:
         self._loop.call_soon(self._go_on, TURN)
         yield TURN
@@ -2743,8 +3097,14 @@ class Connection(asyncio.Protocol):
 class Server:
     """Serves an application on a listening socket, in the thread that calls run()."""
 
-    def __init__(self, application: Application, listener: socket.socket) -> None:
-        self.application, self._listener = application, listener
+    def __init__(
+        self, application: Application, listener: socket.socket, shared: bool = False
+    ) -> None:
+        """Take a listening socket, `shared` with other processes or not; raises CannotStart."""
+        self.application, self.settings = application, application.settings
+        self._listener, self._shared = listener, shared
+        log_file = self.settings.access_log
+        self.access_log = AccessLog(log_file) if log_file else None
         self.connections: set[Connection] = set()
         self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.stopping, self._grace, self._next_complaint = False, 0.0, 0.0
@@ -2753,7 +3113,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until stop() is called, then let the requests in flight finish."""
-        count = self.application.settings.threads
+        count = self.settings.threads
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
         try:
             for thread in threads:
@@ -2766,6 +3126,8 @@ class Server:
                 thread.join()
             self._loop.run_until_complete(asyncio.sleep(0.001))  # what is left open is closed
             self._loop.close()
+            if self.access_log:
+                self.access_log.close()
 
     def stop(self, grace: float) -> None:
         """Have run() return, after `grace` seconds at most; for other threads and for signals."""
@@ -2789,6 +3151,9 @@ class Server:
             await asyncio.sleep(0)
         accepting.cancel()
         await asyncio.gather(accepting, return_exceptions=True)
+        if not self._shared:
+            with contextlib.suppress(OSError):  # a child that has been forked may hold it open
+                self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         deadline = self._loop.time() + self._grace
         while self.connections and self._loop.time() < deadline:
@@ -2811,7 +3176,7 @@ class Server:
                 task = self._loop.create_task(self._open(client))
                 opening.add(task)
                 task.add_done_callback(opening.discard)
-                if self.application.settings.workers > 1:
+                if self._shared:
                     await asyncio.sleep(0)  # leave some to the others
             except OSError as error:
                 self._places.release()
@@ -2856,7 +3221,11 @@ def listen(settings: Settings) -> socket.socket:
     try:
         kind = socket.SOCK_STREAM
         found = socket.getaddrinfo(settings.host, settings.port, type=kind)
-        return socket.create_server(found[0][4][:2], family=found[0][0], backlog=1024)
+        dual = settings.host == "::" and socket.has_dualstack_ipv6()
+        # With all of its parts: those of IPv6 behind host and port name the network interface.
+        return socket.create_server(
+            found[0][4], family=found[0][0], backlog=1024, dualstack_ipv6=dual
+        )
     except (OSError, UnicodeError) as error:
         where = f"{settings.host} port {settings.port}"
         number = getattr(error, "errno", None) or 0
@@ -2866,7 +3235,9 @@ def listen(settings: Settings) -> socket.socket:
 
 
 def address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
+    host, port, *more = listener.getsockname()
+    if more and more[1]:  # an address that only has a meaning on one network interface
+        host += "%" + socket.if_indextoname(more[1])
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
@@ -2878,6 +3249,9 @@ def sole_use(folder: Path) -> Iterator[None]:
     """
     make_folder(folder)
     path = folder / "service.lock"
+    # SQLite locks nothing in a file that it can only read. Opening it to see would drop the lock.
+    if path.exists() and not os.access(path, os.W_OK):
+        raise CannotStart(f"Cannot lock {path}: make it a file that this user can write")
     with contextlib.ExitStack() as closing:
         try:
             lock = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -2892,13 +3266,23 @@ def sole_use(folder: Path) -> Iterator[None]:
         yield
 
 
-def sweep(application: Application) -> None:
-    """Remove what a crash left over."""
+def clean_up(application: Application) -> None:
+    """Remove what a crash left over.
+
+    A file that the catalogue knows nothing of stays: it may be older than that, as when it comes
+    from a backup.
+    """
     catalogue, binaries = application.catalogue, application.binaries
-    left = [binaries.folder / name for name in binaries.names() - catalogue.file_names()]
-    for path in filter(Path.is_file, itertools.chain(left, binaries.uploads.iterdir())):
+    strays = catalogue.strays(binaries.names())
+    left = [binaries.folder / name for name, is_left_over in strays.items() if is_left_over]
+    left += [*binaries.uploads.iterdir(), *application.settings.data.glob("secret.key*.draft")]
+    for path in filter(Path.is_file, left):
         log.info("removing %s, which was left over", path)
         path.unlink()
+    unknown = len(strays) - sum(strays.values())
+    if unknown:
+        hint = "the catalogue may be older than they are; verify names them"
+        log.warning("%s files in %s belong to no image: %s", unknown, binaries.folder, hint)
 
 
 class Running(NamedTuple):
@@ -2907,8 +3291,13 @@ class Running(NamedTuple):
     url: str
     application: Application
 
-    def token(self, service: str = "admin", scope: Iterable[str] = (), expires: int = 3600) -> str:
-        """Return a token: with `scope` (read, write, delete; all if empty), for some seconds."""
+    def token(
+        self, service: str = "admin", scope: Iterable[str] = (), expires: int | None = None
+    ) -> str:
+        """Return a token with `scope` (read, write, delete; all if empty).
+
+        It lives for `expires` seconds, or else as long as the secret in the data folder.
+        """
         rights = [f"image:{word}" for word in scope]
         return self.application.tokens.issue(service, rights, expires)
 
@@ -2920,7 +3309,7 @@ def running(settings: Settings) -> Iterator[Running]:
     No thread, open file or lock is left when the block ends. Raises CannotStart.
     """
     with sole_use(settings.data), contextlib.closing(create_app(settings)) as application:
-        sweep(application)
+        clean_up(application)
         with listen(settings) as listener:
             server = Server(application, listener)
             thread = threading.Thread(target=server.run, name="image-manager", daemon=True)
@@ -2936,9 +3325,15 @@ def serve_here(
     application: Application, listener: socket.socket, ready: Callable[[], object]
 ) -> None:
     """Serve in this process until SIGTERM or SIGINT; calls ready() when both are heeded."""
-    server = Server(application, listener)
+    server = Server(application, listener, application.settings.workers > 1)
 
-    def stop(*_: object) -> None:
+    def stop(number: int, _: object) -> None:
+        if reopens(application.settings, number) and server.access_log:
+            with contextlib.suppress(OSError):  # it goes on with the one it has
+                server.access_log.reopen()
+            return
+        if number == signal.SIGINT and server.stopping:
+            os._exit(130)
         server.stop(GRACE)
         end = threading.Timer(GRACE + 1, os._exit, (0,))  # whatever a thread is still at
         end.daemon = True
@@ -2948,6 +3343,11 @@ def serve_here(
         signal.signal(number, stop)
     ready()
     server.run()
+
+
+def reopens(settings: Settings, number: int) -> bool:
+    """Tell whether a signal opens the access log anew, rather than ending the service."""
+    return settings.access_log not in ("", "-") and number == getattr(signal, "SIGHUP", None)
 
 
 def supervise(
@@ -2979,13 +3379,22 @@ def supervise(
         finally:
             os._exit(status)
 
-    def stop(*_: object) -> None:
-        nonlocal stopping
-        stopping = True
-        listener.close()  # else connections would be taken that nobody serves
+    def tell_workers(number: int) -> None:
         for pid in workers:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, number)
+
+    def stop(number: int, _: object) -> None:
+        nonlocal stopping
+        if reopens(application.settings, number):
+            tell_workers(number)
+            return
+        if number == signal.SIGINT and stopping:
+            tell_workers(signal.SIGKILL)
+            os._exit(130)
+        stopping = True
+        listener.close()  # else connections would be taken that nobody serves
+        tell_workers(signal.SIGTERM)
 
     for number in ENDING:
         signal.signal(number, stop)
@@ -3010,6 +3419,176 @@ def end_with_parent(alive: int) -> None:
     os._exit(1)
 
 
+# ------------------------------------------------------------------------------------- maintenance
+
+
+@contextlib.contextmanager
+def open_store(folder: Path) -> Iterator[tuple[Catalogue, BinaryStore]]:
+    """Lend a store that is there, in use or on a read-only file system; raises CannotStart."""
+    path = folder / "image_manager.db"
+    if not path.is_file():
+        raise CannotStart(f"There is no store in {folder}: name its folder with --data")
+    with contextlib.ExitStack() as closing:
+        try:
+            catalogue = Catalogue(path, make=False)
+        except CannotStart as error:
+            if "unable to open" not in str(error):
+                raise
+            # SQLite needs a file beside it that it can write, for a log that has not been merged.
+            scratch = closing.enter_context(tempfile.TemporaryDirectory())
+            for part in folder.glob(path.name + "*"):
+                shutil.copyfile(part, Path(scratch, part.name))
+            catalogue = Catalogue(Path(scratch, path.name), make=False)
+        closing.callback(catalogue.close)
+        yield catalogue, BinaryStore(folder, make=False)
+
+
+def fault_of(image: Image, catalogue: Catalogue, binaries: BinaryStore) -> str | None:
+    """Return what is wrong with an image's files, None if nothing is."""
+    remedy = "upload the same file again, or restore it from a backup"
+    try:
+        with binaries.open(image.id, ".hex", image.size) as file:
+            if digest_of(file) != image.sha256:
+                return f"damaged: the hex file of image {image.id} has other bytes: {remedy}"
+            if not image.is_hex:
+                return None
+            size = sum(size for _, size in catalogue.segments(image))
+            with binaries.open(image.id, ".bin", size) as raw:
+                file.seek(0)
+                if not bin_matches_hex(raw, file, binaries.uploads):
+                    return f"damaged: the bin file of image {image.id} has other bytes: {remedy}"
+    except Damaged as error:
+        return f"damaged or missing: {error}"
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        return f"unreadable: the files of image {image.id} ({error}): {remedy}"
+    return None
+
+
+def digest_of(file: io.FileIO) -> str:
+    digest = hashlib.sha256()
+    for block in iter(functools.partial(file.read, BLOCK), b""):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def bin_matches_hex(raw: io.FileIO, file: io.FileIO, uploads: Path) -> bool:
+    """Tell whether a .bin file is what its .hex file says."""
+    reader, scratch = HexReader(), uploads if os.access(uploads, os.W_OK) else None
+    with tempfile.TemporaryFile(buffering=0, dir=scratch) as data:
+        for block in iter(functools.partial(file.read, BLOCK), b""):
+            data.write(reader.feed(block))
+        data.write(reader.finish())
+        joined = joined_excerpt(data, reader.layout().extents)
+        return all(raw.read(len(block)) == block for block in iter(joined.read, b""))
+
+
+def verify_store(folder: Path, progress: Callable[[int, int], object]) -> tuple[int, list[str]]:
+    """Return how many binaries a store has, and all that is wrong with it; changes nothing."""
+    with open_store(folder) as (catalogue, binaries):
+        faults = [f"damaged: the catalogue ({fault})" for fault in catalogue.faults()]
+        try:
+            require_catalogue(catalogue, binaries)
+            strays = catalogue.strays(binaries.names())
+            if strays:
+                time.sleep(1)  # a deletion under way removes the row, then the files
+                strays = catalogue.strays(strays.keys() & binaries.names())
+            images = catalogue.confirmed()
+            found = {}
+            for number, image in enumerate(images, 1):
+                progress(number, len(images))
+                found[image.id, image.stored] = fault_of(image, catalogue, binaries)
+            still = {(image.id, image.stored) for image in catalogue.confirmed()}
+        except Damaged as error:
+            return 0, faults or [f"damaged: the catalogue ({error.__cause__})"]
+    faults += [fault for key, fault in found.items() if fault and key in still]
+    remedies = {
+        True: "the next start of the service removes it",
+        False: "no image has it, and the catalogue may be older than it: move it away, or upload "
+        "it again and then remove it",
+    }
+    for name, is_left_over in sorted(strays.items()):
+        kind = "left over" if is_left_over else "unknown"
+        faults.append(f"{kind}: {binaries.folder / name}: {remedies[is_left_over]}")
+    return len(images), faults
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file with its mode, which nobody else can read meanwhile; synced."""
+    handle = os.open(
+        target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600
+    )
+    with open(source, "rb") as file, open(handle, "wb") as copy:
+        shutil.copyfileobj(file, copy, BLOCK)
+        copy.flush()
+        sync(copy.fileno())
+    shutil.copymode(source, target)
+
+
+def copy_binary(
+    image: Image, catalogue: Catalogue, source: BinaryStore, target: BinaryStore
+) -> str | None:
+    """Copy the files of an image; return what is wrong with the copy, None if nothing is."""
+    try:
+        for suffix in (".hex", ".bin") if image.is_hex else (".hex",):
+            target.path(image.id, suffix).unlink(missing_ok=True)
+            copy_file(source.path(image.id, suffix), target.path(image.id, suffix))
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+    return fault_of(image, catalogue, target)
+
+
+def copy_images(
+    catalogue: Catalogue, draft: Path, binaries: BinaryStore, copies: BinaryStore
+) -> tuple[int, list[str]]:
+    """Copy the catalogue, then the binaries that are in the copy; return how many, and faults."""
+    found: dict[Image, str | None] = {}
+    while True:
+        catalogue.copy_to(draft)
+        with contextlib.closing(Catalogue(draft)) as snapshot:
+            images = snapshot.confirmed()
+            for image in images:
+                if found.get(image, "to be copied"):
+                    found[image] = copy_binary(image, snapshot, binaries, copies)
+            strays = snapshot.strays(copies.names())
+        wrong = {image: fault for image in images if (fault := found[image])}
+        if wrong.keys() <= set(catalogue.confirmed()):
+            break  # else one was deleted before it was copied: once more
+    for name in strays:
+        (copies.folder / name).unlink()
+    return len(images), list(wrong.values())
+
+
+def back_up_store(folder: Path, destination: Path) -> tuple[int, list[str]]:
+    """Copy a store that may be in use; return how many binaries, and all that is wrong with them.
+
+    Raises CannotStart.
+    """
+    with open_store(folder) as (catalogue, binaries):
+        make_folder(destination)
+        if any(destination.iterdir()):
+            raise CannotStart(f"{destination} has something in it: name a new or empty folder")
+        copies = BinaryStore(destination)
+        draft = destination / "tmp" / "image_manager.db"  # moved at the end: a part is no store
+        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        faults = [f"damaged: the catalogue ({fault})" for fault in catalogue.faults()]
+        try:
+            require_catalogue(catalogue, binaries)
+            images, found = copy_images(catalogue, draft, binaries, copies)
+        except Damaged as error:
+            return 0, faults or [f"damaged: the catalogue ({error.__cause__})"]
+        secret = folder / "secret.key"
+        if secret.exists():
+            copy_file(secret, destination / "secret.key")
+        shutil.copymode(folder / "image_manager.db", draft)
+        sync_folder(copies.folder)
+        os.replace(draft, destination / "image_manager.db")
+        sync_folder(destination)
+    return images, faults + found
+
+
 # ------------------------------------------------------------------------------------- command line
 
 
@@ -3024,19 +3603,29 @@ def serve(settings: Settings) -> int:
         closing.enter_context(sole_use(settings.data))
         listener = closing.enter_context(listen(settings))
         application = closing.enter_context(contextlib.closing(create_app(settings)))
-        sweep(application)
+        clean_up(application)
         told = [f"listening on {address(listener)}{settings.url_prefix}"]
         told.append(f"storing {application.catalogue.total()} images in {settings.data}")
+        told += token_hint(settings)
         application.catalogue.disconnect()  # no connection of SQLite may cross a fork
-        if not settings.jwt_public_key:
-            program = [sys.executable or "python", sys.argv[0]]
-            command = [*program, "token", "--data", str(settings.data)]
-            told.append(f"get a token with: {shlex.join(command)}")
-        ready = functools.partial(print, *told, sep="\n", file=sys.stderr, flush=True)
-        (supervise if settings.workers > 1 else serve_here)(application, listener, ready)
+        run = supervise if settings.workers > 1 else serve_here
+        run(application, listener, functools.partial(say, *told))
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)  # it is ending already
     return 0
+
+
+def token_hint(settings: Settings) -> list[str]:
+    """Return the command that makes a token which the service takes, from whatever folder."""
+    if settings.jwt_public_key:
+        return []
+    command = [sys.executable or "python", os.path.abspath(sys.argv[0]), "token"]
+    command += ["--data", str(settings.data.absolute())]
+    command += ["--audience", settings.jwt_audience] if settings.jwt_audience else []
+    command += ["--issuer", settings.jwt_issuer] if settings.jwt_issuer else []
+    hint = [f"get a token with: {shlex.join(command)}"]
+    secret = "  (which needs IMAGE_MANAGER_JWT_SECRET in its environment, as it is here)"
+    return hint + [secret] * bool(settings.jwt_secret)
 
 
 def raise_file_limit() -> None:
@@ -3051,150 +3640,42 @@ def raise_file_limit() -> None:
 
 def token(settings: Settings, service: str, scope: list[str], expires: int | None) -> int:
     """Print a token."""
-    secret = settings.jwt_secret
+    secret, path = settings.jwt_secret, settings.data / "secret.key"
     if not secret and not settings.jwt_public_key:
-        make_folder(settings.data)
+        made = not path.exists()
         secret = load_secret(settings.data)
+        if made:
+            say(f"made {path}, as there was none: only a service on that folder takes this token")
     print(Tokens(settings, secret).issue(service, scope, expires))
     return 0
 
 
-def open_store(settings: Settings) -> tuple[Catalogue, BinaryStore]:
-    """Open a store that is there; raises CannotStart."""
-    path = settings.data / "image_manager.db"
-    if not path.is_file():
-        raise CannotStart(f"There is no store in {settings.data}: name its folder with --data")
-    catalogue, binaries = Catalogue(path, make=False), BinaryStore(settings.data, make=False)
-    require_catalogue(catalogue, binaries)
-    return catalogue, binaries
-
-
-def digest_of(file: io.FileIO) -> str:
-    found = hashlib.sha256()
-    for block in iter(functools.partial(file.read, BLOCK), b""):
-        found.update(block)
-    return found.hexdigest()
-
-
-def fault_of(image: Image, segments: list[tuple[int, int]], binaries: BinaryStore) -> str | None:
-    """Return what is wrong with an image's files, None if nothing is."""
-    remedy = "upload the same file again, or restore it from a backup"
-    try:
-        with binaries.open(image.id, ".hex", image.size) as file:
-            if digest_of(file) != image.sha256:
-                return f"damaged: the hex file of image {image.id} has other bytes: {remedy}"
-            if not image.is_hex:
-                return None
-            with binaries.open(image.id, ".bin", sum(size for _, size in segments)) as raw:
-                file.seek(0)
-                if not holds_data_of(raw, file, binaries.uploads):
-                    return f"damaged: the bin file of image {image.id} has other bytes: {remedy}"
-    except Damaged as error:
-        return f"damaged or missing: {error}"
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-        return f"unreadable: the files of image {image.id} ({error}): {remedy}"
-    return None
-
-
-def holds_data_of(raw: io.FileIO, file: io.FileIO, scratch: Path) -> bool:
-    """Tell whether a .bin file is what its .hex file says."""
-    reader = HexReader()
-    with tempfile.TemporaryFile(buffering=0, dir=scratch) as data:
-        for block in iter(functools.partial(file.read, BLOCK), b""):
-            data.write(reader.feed(block))
-        data.write(reader.finish())
-        joined = joined_excerpt(data, reader.layout().extents)
-        return all(raw.read(len(block)) == block for block in iter(joined.read, b""))
-
-
 def verify(settings: Settings) -> int:
-    """Check every file against the catalogue."""
-    catalogue, binaries = open_store(settings)
+    """Check every file against the catalogue, and the catalogue itself."""
+    shows = bool(sys.stderr and sys.stderr.isatty())
 
-    def left_over() -> set[str]:
-        present = binaries.names()  # before those that are known, which may become more
-        return present - catalogue.file_names()
+    def progress(number: int, total: int) -> None:
+        if shows:
+            print(
+                f"\r{number} of {total}", end="\n" * (number == total), file=sys.stderr, flush=True
+            )
 
-    with contextlib.closing(catalogue):
-        strays = left_over()
-        if strays:
-            time.sleep(1)  # a deletion under way removes the row, then the files
-            strays &= left_over()
-        images = catalogue.confirmed()
-        faults = {}
-        for number, image in enumerate(images, 1):
-            if sys.stderr.isatty():
-                print(f"\r{number} of {len(images)}", end="", file=sys.stderr, flush=True)
-            fault = fault_of(image, catalogue.segments(image), binaries)
-            if fault:
-                faults[image.id, image.stored] = fault
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
-        still = {(image.id, image.stored) for image in catalogue.confirmed()}
-    told = [fault for key, fault in faults.items() if key in still]  # the others were deleted
-    remedy = "no image has it; the next start of the service removes it"
-    told += [f"left over: {binaries.folder / name}: {remedy}" for name in sorted(strays)]
-    print(*told, f"{len(images)} binaries checked, {len(told)} faults", sep="\n")
-    return 1 if told else 0
-
-
-def copy_binary(
-    image: Image, segments: list[tuple[int, int]], source: BinaryStore, target: BinaryStore
-) -> str | None:
-    """Copy the files of an image; return what is wrong with the copy, None if nothing is."""
-    sizes = {".hex": image.size}
-    if image.is_hex:
-        sizes[".bin"] = sum(size for _, size in segments)
-    try:
-        for suffix, size in sizes.items():
-            path = target.path(image.id, suffix)
-            with source.open(image.id, suffix, size) as file, open(path, "wb") as copy:
-                shutil.copyfileobj(file, copy, BLOCK)
-                copy.flush()
-                os.fsync(copy.fileno())
-    except Damaged as error:
-        return f"damaged or missing: {error}"
-    return fault_of(image, segments, target)
+    count, faults = verify_store(settings.data, progress)
+    print(*faults, f"{count} binaries checked, {len(faults)} faults", sep="\n")
+    return 1 if faults else 0
 
 
 def backup(settings: Settings, destination: Path) -> int:
     """Copy a store, which may be in use, to a folder that has nothing in it."""
-    catalogue, binaries = open_store(settings)
-    with contextlib.closing(catalogue):
-        make_folder(destination)
-        if any(destination.iterdir()):
-            raise CannotStart(f"{destination} has something in it: name a new or empty folder")
-        copies = BinaryStore(destination)
-        draft = destination / "tmp" / "image_manager.db"  # moved at the end: a part is no store
-        faults: dict[Image, str | None] = {}
-        while True:
-            catalogue.copy_to(draft)
-            with contextlib.closing(Catalogue(draft)) as snapshot:
-                images, names = snapshot.confirmed(), snapshot.file_names()
-                for image in images:
-                    if faults.get(image, "to be copied"):
-                        segments = snapshot.segments(image)
-                        faults[image] = copy_binary(image, segments, binaries, copies)
-            told = {image: fault for image in images if (fault := faults[image])}
-            if told.keys() <= set(catalogue.confirmed()):
-                break  # else one was deleted before it was copied: once more
-        for name in copies.names() - names:
-            (copies.folder / name).unlink()
-        if (settings.data / "secret.key").exists():
-            shutil.copy(settings.data / "secret.key", destination)
-        sync_folder(copies.folder)
-        os.replace(draft, destination / "image_manager.db")
-        sync_folder(destination)
-    print(*told.values(), f"{len(images)} binaries copied, {len(told)} faults", sep="\n")
-    return 1 if told else 0
+    count, faults = back_up_store(settings.data, destination)
+    print(*faults, f"{count} binaries copied, {len(faults)} faults", sep="\n")
+    return 1 if faults else 0
 
 
 def parse_scope(text: str) -> list[str]:
     rights = [f"image:{word.strip()}" for word in text.split(",")]
     if not set(rights) <= set(RIGHTS):
-        raise ValueError("takes read, write and delete, with commas between")
+        raise argparse.ArgumentTypeError("takes read, write and delete, with commas between")
     return rights
 
 
@@ -3202,20 +3683,25 @@ def parse_lifetime(text: str) -> int | None:
     """Return the seconds of 90s, 15m, 12h or 30d, None for never."""
     match = re.fullmatch("([1-9][0-9]{0,8})([smhd])", text)
     if not match and text != "never":
-        raise ValueError("takes a time such as 12h or 30d (s, m, h, d), or never")
+        raise argparse.ArgumentTypeError("takes a time such as 12h or 30d (s, m, h, d), or never")
     return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else None
 
 
-DEFAULT_DATA = Path(__file__).resolve().parent / "data"
+# What the command line has where Settings has something else, or nothing.
+DEFAULTS = {"data": Path(__file__).resolve().parent / "data", "port": 8000}
 EXAMPLES = {
-    "serve": """examples:
+    "serve": """Each option can be set in the environment too: IMAGE_MANAGER_PORT for --port.
+IMAGE_MANAGER_JWT_SECRET takes the place of the secret in the folder.
+
+examples:
   python image_manager.py serve --host 0.0.0.0 --port 80 --data /srv/firmware
   IMAGE_MANAGER_MAX_UPLOAD=16M python image_manager.py""",
     "token": """examples:
   python image_manager.py token
   python image_manager.py token --service lab --scope write --expires 12h""",
     "verify": """exit status: 0 all sound, 1 something is not, 2 it could not look""",
-    "backup": """to go on with the copy: python image_manager.py serve --data DESTINATION""",
+    "backup": """to go on with the copy: python image_manager.py serve --data DESTINATION
+exit status: 0 all sound, 1 something is not, 2 no copy could be made""",
 }
 
 
@@ -3225,20 +3711,19 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise CannotStart(f"{message}: see {self.prog} --help")
 
-    def add_setting(
-        self, flag: str, parse: Callable[[str], Any], meaning: str, default: Any
-    ) -> None:
-        def converted(text: str) -> Any:
-            try:
-                return parse(text)
-            except ValueError as error:
-                raise argparse.ArgumentTypeError(f"{error}, not {text!r}") from error
-
-        shown = f"{meaning} (default: {default})" if default not in (None, "") else meaning
-        kind: dict[str, Any] = {"type": converted, "metavar": flag.rpartition("-")[2].upper()}
-        if parse is parse_switch:
-            kind, shown = {"action": "store_true"}, meaning
-        self.add_argument(flag, default=argparse.SUPPRESS, help=shown, **kind)
+    def add_setting(self, name: str, flag: str = "") -> None:
+        """Add an option for a field of Settings, which reads its text."""
+        field = next(field for field in dataclasses.fields(Settings) if field.name == name)
+        default = DEFAULTS.get(name, field.default)
+        shown = f" (default: {default})" if default not in (None, "", (), False) else ""
+        flag = flag or "--" + name.replace("_", "-")
+        kind: dict[str, Any] = {"metavar": flag.rpartition("-")[2].upper()}
+        if field.metadata["parse"] is parse_switch:
+            kind = {"action": "store_true"}
+        elif field.metadata["parse"] is parse_networks:
+            kind["action"] = "append"
+        meaning = field.metadata["meaning"] + shown
+        self.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=meaning, **kind)
 
 
 def command_line() -> CommandLine:
@@ -3256,38 +3741,36 @@ def command_line() -> CommandLine:
             name, help=about, description=about, epilog=EXAMPLES[name], formatter_class=shape
         )
         command.set_defaults(handler=handler)
-        command.add_setting("--data", Path, "folder of the store", DEFAULT_DATA)
+        command.add_setting("data")
         if handler is serve:
-            command.epilog = (
-                "Each option can be set in the environment too: IMAGE_MANAGER_PORT for --port.\n"
-                "IMAGE_MANAGER_JWT_SECRET takes the place of the secret in the folder.\n\n"
-            ) + EXAMPLES[name]
             for field in dataclasses.fields(Settings):
-                if field.metadata:
-                    flag, default = "--" + field.name.replace("_", "-"), field.default
-                    default = {"port": 8000, "max_upload": "512M"}.get(field.name, default)
-                    command.add_setting(flag, default=default, **field.metadata)
+                if "meaning" in field.metadata and field.name != "data":
+                    command.add_setting(field.name)
         elif handler is token:
-            command.set_defaults(service="admin", scope=[], expires=30 * 86400)
-            command.add_setting("--service", str, "tenant that the token is for", "admin")
-            command.add_setting("--scope", parse_scope, "rights: read,write,delete", "all")
-            command.add_setting("--expires", parse_lifetime, "12h, 7d (s, m, h, d) or never", "30d")
+            add = functools.partial(command.add_argument, metavar="X")
+            add("--service", default="admin", help="tenant that the token is for (default: admin)")
+            add("--scope", type=parse_scope, default=[], help="rights: read,write (default: all)")
+            add("--expires", type=parse_lifetime, default=30 * 86400,
+                help="90s, 15m, 12h, 7d or never (default: 30d)")  # fmt: skip
+            command.add_setting("jwt_audience", "--audience")
+            command.add_setting("jwt_issuer", "--issuer")
         elif handler is backup:
             command.add_argument("destination", type=Path, help="folder, new or empty")
     return parser
 
 
-def environment() -> dict[str, Any]:
-    """Return the settings that the environment has."""
-    values = {}
-    for field in dataclasses.fields(Settings):
-        name = "IMAGE_MANAGER_" + field.name.upper()
-        if os.environ.get(name):
-            try:
-                values[field.name] = field.metadata.get("parse", str)(os.environ[name])
-            except ValueError as error:
-                raise CannotStart(f"{name} {error}, not {os.environ[name]!r}") from error
-    return values
+def environment() -> dict[str, str]:
+    """Return the settings that the environment has, as text."""
+    names = [field.name for field in dataclasses.fields(Settings)]
+    found = {name: os.environ.get("IMAGE_MANAGER_" + name.upper()) for name in names}
+    return {name: text for name, text in found.items() if text}
+
+
+def say(*lines: object) -> None:
+    """Print to standard error, which may be closed, or on a full disk."""
+    with contextlib.suppress(OSError):
+        if sys.stderr:
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -3296,21 +3779,30 @@ def main(arguments: list[str] | None = None) -> int:
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words = ["serve", *words]
     warnings.filterwarnings("ignore", "The HMAC key")  # serve() says it in its own words
+    logging.raiseExceptions = False  # where standard error is full or closed
     try:
         given = vars(command_line().parse_args(words))
         handler, _ = given.pop("handler"), given.pop("command")
         names = {field.name for field in dataclasses.fields(Settings)}
-        values = {"data": DEFAULT_DATA, "port": 8000, **environment()}
+        values: dict[str, Any] = {**DEFAULTS, **environment()}
         values |= {name: value for name, value in given.items() if name in names}
         others = {name: value for name, value in given.items() if name not in names}
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S%z"
+        )
         return int(handler(Settings(**values), **others))
     except (CannotStart, ServiceError, OSError) as error:
-        print(f"image manager: {error}", file=sys.stderr)
+        cause = f" ({error.__cause__})" if isinstance(error, ServiceError) else ""
+        say(f"image manager: {error}{cause}")
         return 2
     except KeyboardInterrupt:
         return 0 if words[0] == "serve" else 130  # as shells have it for what was interrupted
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    try:
+        sys.stderr.flush()
+    except (OSError, AttributeError):  # full or closed: Python would end with status 120
+        os._exit(status)
+    sys.exit(status)

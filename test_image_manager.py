@@ -18,6 +18,7 @@ import hashlib
 import hmac
 import http.client
 import io
+import ipaddress
 import itertools
 import json
 import os
@@ -32,6 +33,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -277,11 +279,71 @@ def exchange(server, *requests, timeout=10):
         {"url_prefix": "a b"},
         {"public_url": "fw.example.com"},
         {"public_url": 'https://a"><'},
+        {"port": "eighty"},
+        {"port": -1},
+        {"port": True},
+        {"port": 8000.5},
+        {"port": None},
+        {"workers": "0"},
+        {"threads": [4]},
+        {"max_upload": 0},
+        {"max_upload": -1},
+        {"max_upload": "16X"},
+        {"max_upload": 1.5},
+        {"require_intel_hex": "perhaps"},
+        {"require_intel_hex": 2},
+        {"require_intel_hex": None},
+        {"host": 5},
+        {"host": None},
+        {"url_prefix": b"/fw"},
+        {"jwt_audience": None},
+        {"jwt_secret": b"secret"},
+        {"jwt_secret": "\ud800"},
+        {"jwt_public_key": 7},
+        {"access_log": 1},
+        {"trusted_proxy": "proxy.example.com"},
+        {"trusted_proxy": 5.5},
+        {"data": None},
+        {"data": 5},
     ],
+    ids=str,
 )
-def test_settings_that_make_no_sense_are_refused(tmp_path, values):
-    with pytest.raises(CannotStart):
-        Settings(data=tmp_path, **values)
+def test_settings_that_make_no_sense_are_refused_by_their_name(tmp_path, values):
+    with pytest.raises(CannotStart, match=f"^{next(iter(values))} takes"):
+        Settings(**{"data": tmp_path, **values})
+
+
+@pytest.mark.parametrize(
+    "values, meant",
+    [
+        ({"port": "8000"}, 8000),
+        ({"workers": " 2 "}, 2),
+        ({"max_upload": "16M"}, 16 * MIB),
+        ({"max_upload": "1000"}, 1000),
+        ({"max_upload": 1000}, 1000),
+        ({"require_intel_hex": "no"}, False),
+        ({"require_intel_hex": "Yes"}, True),
+        ({"require_intel_hex": 1}, True),
+        ({"require_intel_hex": 0}, False),
+        ({"jwt_public_key": "key.pem"}, Path("key.pem")),
+        (
+            {"trusted_proxy": "10.0.0.0/8, ::1"},
+            tuple(map(ipaddress.ip_network, ("10.0.0.0/8", "::1"))),
+        ),
+        ({"trusted_proxy": ["10.1.2.3/8"]}, (ipaddress.ip_network("10.0.0.0/8"),)),
+        ({"trusted_proxy": ""}, ()),
+    ],
+    ids=str,
+)
+def test_settings_may_be_text_where_that_is_clear(tmp_path, values, meant):
+    found = getattr(Settings(data=str(tmp_path), **values), next(iter(values)))
+    assert found == meant and type(found) is type(meant)
+
+
+def test_settings_that_are_refused_do_not_show_a_secret(tmp_path):
+    with pytest.raises(CannotStart) as refused:
+        Settings(data=tmp_path, jwt_secret=SECRET + "\ud800")
+    assert SECRET not in str(refused.value)
 
 
 @pytest.mark.parametrize("prefix", ["/images", "/image-manager", "/a/image", "fw"])
@@ -887,6 +949,74 @@ def test_catalogue_opens_a_connection_where_another_thread_took_the_last_idle_on
     catalogue.close()
 
 
+def test_catalogue_made_by_1_0_0_is_migrated_whole(tmp_path):
+    path = tmp_path / "image_manager.db"
+    with contextlib.closing(sqlite3.connect(path)) as old:
+        old.executescript(image_manager.MIGRATIONS[0] + "; PRAGMA user_version = 1")
+        report = json.dumps({"segments": [{"address": "0x00000010", "size": 4}]})
+        date = "2026-01-02T03:04:05.000006+00:00"
+        rows = [
+            ("a", "1.0.0", "1", 1, 44, "ab" * 32, date, report, "[[16, 4]]"),
+            ("b", "2.0.0", "2", 0, None, None, None, None, None),
+            ("gone", "3.0.0", "3", 0, None, None, None, None, None),
+        ]
+        old.executemany(
+            "INSERT INTO image (id, tenant, label, fw_version, precedence, created, updated,"
+            " confirmed, size, sha256, stored, report, segments)"
+            f" VALUES (?, 't', 'l', ?, ?, '{date}', '{date}', ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+        old.execute("DELETE FROM image WHERE id = 'gone'")
+        old.commit()
+    with contextlib.closing(Catalogue(path)) as catalogue:
+        assert not catalogue.faults() and catalogue.ever_used()
+        first, second = json.loads(catalogue.list_json("t", {}))
+        assert (first["sha256"], first["size"], first["updated"]) == ("ab" * 32, 44, date)
+        assert (second["id"], second["confirmed"]) == ("b", False)
+        assert catalogue.segments(catalogue.get("t", "a")) == [(16, 4)]
+        assert catalogue._row("SELECT seq FROM sqlite_sequence WHERE name = 'image'")[0] == 3
+        assert catalogue._row("SELECT stored FROM image WHERE id = 'b'")[0] == date
+
+
+def test_empty_catalogue_made_by_1_0_0_still_knows_that_it_was_used(tmp_path):
+    path = tmp_path / "image_manager.db"
+    with contextlib.closing(sqlite3.connect(path)) as old:
+        old.executescript(image_manager.MIGRATIONS[0] + "; PRAGMA user_version = 1")
+        old.execute("INSERT INTO sqlite_sequence VALUES ('image', 7)")
+        old.commit()
+    with contextlib.closing(Catalogue(path)) as catalogue:
+        assert catalogue.ever_used()
+        catalogue.add("a", "b", "1")
+        assert catalogue._row("SELECT seq FROM image")[0] == 8
+
+
+def test_log_of_the_catalogue_shrinks_after_another_tools_long_read(client, app):
+    """While that reads nothing can be merged, so that the log grows beyond what is kept free."""
+    path = app.settings.data / "image_manager.db"
+    log = path.with_name("image_manager.db-wal")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT count(*) FROM image").fetchone()
+        for _ in range(150):
+            client.create(label="x" * 128)
+        assert log.stat().st_size > 2 * MIB
+    for _ in range(60):
+        client.create()
+    assert log.stat().st_size <= MIB
+
+
+def test_catalogue_says_what_was_removed_and_forgets_it_in_time(catalogue, monkeypatch):
+    made = [catalogue.add("a", "label", "1")[0] for _ in range(3)]
+    for image_id in made[:2]:
+        catalogue.remove("a", image_id)
+    names = [f"{image_id}.hex" for image_id in made] + ["x.hex", f"{made[0]}.txt"]
+    assert catalogue.strays(names) == dict(zip(names, (True, True, True, False, False)))
+    with catalogue._transaction() as connection:
+        connection.execute("UPDATE removed SET seq = 10000 WHERE seq = 2")
+    catalogue.remove("a", made[2])
+    assert catalogue.strays(names) == dict(zip(names, (False, True, True, False, False)))
+
+
 def test_catalogue_closes_its_connections_also_those_that_are_lent(tmp_path):
     catalogue = Catalogue(tmp_path / "image_manager.db")
     with catalogue._connection() as lent:
@@ -919,7 +1049,7 @@ def test_binary_is_stored_with_its_size_digest_and_raw_bytes(store):
     content, data = firmware(5000, base=0x1000)
     binary = received(store, content)
     assert (binary.size, binary.sha256) == (len(content), sha256(content))
-    assert json.loads(binary.segments) == [[0x1000, 5000]]
+    assert image_manager.parse_segments(binary.report) == [(0x1000, 5000)]
     assert (store.folder / "one.hex").read_bytes() == content
     assert (store.folder / "one.bin").read_bytes() == data
     assert not list(store.uploads.iterdir())
@@ -929,7 +1059,7 @@ def test_raw_bytes_stand_in_the_order_of_addresses_joined_and_without_overwritte
     lines = [record(0, 0x200, b"late"), record(0, 0x100, b"early"), record(0, 0x102, b"RL")]
     binary = received(store, "".join([*lines, END]).encode())
     assert (store.folder / "one.bin").read_bytes() == b"eaRLylate"
-    assert json.loads(binary.segments) == [[0x100, 5], [0x200, 4]]
+    assert image_manager.parse_segments(binary.report) == [(0x100, 5), (0x200, 4)]
     assert [path.name for path in store.uploads.iterdir()] == []
 
 
@@ -939,10 +1069,29 @@ def test_raw_bytes_of_an_earlier_binary_do_not_outlive_it(store):
     assert [path.name for path in store.folder.iterdir()] == ["one.hex"]
 
 
+def test_files_reach_the_medium_on_macos_too(store, monkeypatch):
+    """Its fsync() does not do that; F_FULLFSYNC does, where the file system knows it."""
+    import fcntl
+
+    calls = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda file, command: calls.append(command))
+    received(store, firmware()[0])
+    assert calls == [51] * 3  # the two files, and the folder
+
+    def unknown(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "fcntl", unknown)
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync"))
+    received(store, b"other", image_id="two")
+    assert calls[3:] == ["fsync"] * 2
+
+
 def test_any_other_file_is_stored_as_it_is(store):
     for content in (b"\x7fELF", b"", b" :00000001FF\n", b"\n:00000001FF\n"):
         binary = received(store, content, image_id=sha256(content))
-        assert binary.segments is binary.report is None
+        assert binary.report is None
         assert (store.folder / f"{sha256(content)}.hex").read_bytes() == content
     assert not list(store.folder.glob("*.bin"))
 
@@ -959,7 +1108,7 @@ def test_faulty_intel_hex_is_stored_only_unchecked_and_then_without_raw_bytes(st
     with pytest.raises(BadRequest, match=r"^Corrupt Intel HEX: line 31\d: "):
         received(store, content)
     binary = received(store, content, check=False)
-    assert binary.segments is None and binary.sha256 == sha256(content)
+    assert binary.report is None and binary.sha256 == sha256(content)
     assert [path.name for path in store.folder.iterdir()] == ["one.hex"]
 
 
@@ -1166,6 +1315,31 @@ def test_health_says_what_is_wrong(client, app, monkeypatch):
     assert client.get("/health", status=503).json["message"].startswith("Not healthy: ")
 
 
+def test_catalogue_that_was_deleted_or_replaced_takes_no_changes(client, app, tmp_path):
+    """They would be lost when the service ends; what is stored can still be downloaded."""
+    image_id = client.stored(b"x")
+    database = app.settings.data / "image_manager.db"
+    message = "The catalogue was deleted or replaced: restart the service"
+    shutil.copy(database, tmp_path / "other.db")
+    for damage in (lambda: os.replace(tmp_path / "other.db", database), database.unlink):
+        damage()
+        error(client.get("/health", status=503), 503, f"Not healthy: {message}")
+        body = {"label": "a", "fw_version": "1"}
+        error(client.post_json("/image", body, status=503), 503, message)
+        error(client.delete(f"/image/{image_id}", status=503), 503, message)
+        assert client.get(f"/image/{image_id}/binary").body == b"x"
+    assert not database.exists()
+
+
+def test_catalogue_that_cannot_be_written_is_not_healthy(client, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not str(path).endswith(".db") and access(path, mode)
+    )
+    message = "The catalogue cannot be written: let the service's user write image_manager.db"
+    error(client.get("/health", status=503), 503, f"Not healthy: {message}")
+
+
 # ------------------------------------------------------------------------------------- routes: images
 
 MISSING, NULL = "Missing data for required field.", "Field may not be null."
@@ -1365,6 +1539,18 @@ def test_latest_is_the_highest_version_that_has_a_binary(client):
     )
 
 
+def test_latest_of_equal_versions_is_the_one_created_last_whatever_the_clock_said(
+    client, monkeypatch
+):
+    for day in ("2030-01-02", "2030-01-01"):
+        monkeypatch.setattr(
+            image_manager, "now_text", lambda day=day: f"{day}T00:00:00.000000+00:00"
+        )
+        last = client.stored(b"x", fw_version="1.0.0")
+    monkeypatch.undo()
+    assert client.get("/image/latest?label=sensor").json["id"] == last
+
+
 def test_latest_where_nothing_is_semver_is_the_last_created(client):
     for version in ("zz", "aa", "mm"):
         client.stored(b"x", label="a", fw_version=version)
@@ -1442,7 +1628,7 @@ def test_head_works_wherever_get_does(client):
 
 
 def test_bug_is_500_with_no_internals_in_the_body_and_the_traceback_in_the_log(
-    client, app, monkeypatch
+    client, app, monkeypatch, caplog
 ):
     def bug(*_):
         raise RuntimeError("the very reason")
@@ -1450,11 +1636,12 @@ def test_bug_is_500_with_no_internals_in_the_body_and_the_traceback_in_the_log(
     monkeypatch.setattr(app.catalogue, "get_json", bug)
     response = client.get(f"/image/{client.create()}", status=500, expect_errors=True)
     error(response, 500, "Internal server error: the log says more")
-    assert "RuntimeError: the very reason" in response.errors
+    assert "Traceback" in caplog.text and "RuntimeError: the very reason" in caplog.text
 
 
-def test_every_change_is_logged_in_one_line_with_nothing_secret(client, app, caplog):
+def test_every_change_and_refusal_is_logged_in_one_line_with_nothing_secret(client, app, caplog):
     caplog.set_level("INFO", "image_manager")
+    client.extra_environ["REMOTE_ADDR"] = "192.0.2.7"
     token = sign({"service": "lab", "sub": 'rig\n"7"'})
     client.authorization = None
     headers = {"Authorization": token}
@@ -1465,14 +1652,15 @@ def test_every_change_is_logged_in_one_line_with_nothing_secret(client, app, cap
     client.delete(path + "/a%0Ab", headers, status=404)
     wrong = token[:-20] + ("A" if token[-20] != "A" else "B") + token[-19:]
     client.delete(path, {"Authorization": wrong}, status=401)
+    client.get(path, {"Authorization": wrong}, status=401)
     client.delete(path + "/binary", headers)
-    lines = [line.getMessage() for line in caplog.records]
-    assert lines.pop(2) == 'refused: "Invalid authorization token: Signature verification failed"'
-    start = 'tenant="lab" sub="rig\\n\\"7\\"" '
-    assert lines == [
+    start = '192.0.2.7 tenant="lab" sub="rig\\n\\"7\\"" '
+    reason = '"Invalid authorization token: Signature verification failed"'
+    assert [line.getMessage() for line in caplog.records] == [
         f"{start}POST /image 201",
         f"{start}PUT {path}/binary 200",
-        f"tenant=null sub=null DELETE {path} 401",
+        f"192.0.2.7 tenant=null sub=null DELETE {path} 401 {reason}",
+        f"192.0.2.7 tenant=null sub=null GET {path} 401 {reason}",
         f"{start}DELETE {path}/binary 200",
     ]
     assert token.rpartition(".")[2][:15] not in caplog.text
@@ -1755,6 +1943,31 @@ def test_conditions(client, headers, status, query):
     assert head.status_int == (200 if status == 206 else status)
 
 
+def test_next_binary_has_a_later_date_whatever_the_clock_says(client, monkeypatch):
+    """Else a date would stand for two binaries: a download would be mixed of both."""
+    image_id, dates = client.create(), []
+    path = f"/image/{image_id}/binary"
+    clock = iter(
+        ["2030-01-01T12:00:00.900000", "2030-01-01T12:00:00.950000", "2001-01-01T00:00:00.000000"]
+    )
+    for content in (b"first firmware", b"other firmware", b"third firmware"):
+        now = next(clock) + "+00:00"
+        monkeypatch.setattr(image_manager, "now_text", lambda now=now: now)
+        client.upload(image_id, content)
+        response = client.get(path)
+        dates.append(response.headers["Last-Modified"])
+        for earlier in dates[:-1]:
+            assert client.get(path, {"If-Modified-Since": earlier}).body == content
+            mixed = client.get(path, {"Range": "bytes=5-", "If-Range": earlier})
+            assert mixed.status_int == 200 and mixed.body == content
+            client.get(path, {"If-Unmodified-Since": earlier}, status=412)
+        client.upload(image_id, content)  # the same again changes no date
+        assert client.get(path).headers["Last-Modified"] == dates[-1]
+        client.delete(path)
+    moments = [email.utils.parsedate_to_datetime(date) for date in dates]
+    assert moments == sorted(set(moments))
+
+
 @pytest.mark.parametrize("form_of_date", ["%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"])
 def test_dates_in_their_obsolete_forms_are_understood(client, form_of_date):
     image_id = client.stored()
@@ -1829,6 +2042,16 @@ def test_damaged_binary_is_500_naming_the_image_and_the_same_bytes_mend_it(
     error(client.put(f"/image/{image_id}/binary", b"x", status=409), 409, "Binary already exists")
     client.upload(image_id, content)
     assert client.get(f"/image/{image_id}/binary{query}").body == (data if query else content)
+
+
+def test_binary_that_cannot_be_read_is_500_naming_the_image_and_the_reason(client, app):
+    image_id = client.stored(b"x")
+    path = app.binaries.folder / f"{image_id}.hex"
+    path.unlink()
+    path.mkdir()
+    response = client.get(f"/image/{image_id}/binary", status=500)
+    reason = f"The hex file of image {image_id} cannot be read (Is a directory)"
+    error(response, 500, f"{reason}: upload the same file again to restore it")
 
 
 # ------------------------------------------------------------------------------------- routes: raw bytes
@@ -2679,8 +2902,6 @@ def test_record_of_many_segments_must_fit_the_disk_too(client, app, monkeypatch)
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_full_disk_while_a_body_is_spooled_is_507(server, connection, monkeypatch, number):
-    import tempfile
-
     image_id = connection.create()
     opened = tempfile.TemporaryFile
 
@@ -3046,6 +3267,180 @@ def test_only_what_is_quick_is_answered_in_the_loop(tmp_path, path, query, quick
         for method in ("GET", "HEAD"):
             assert application.is_quick(method, path, query) == quick
         assert not application.is_quick("POST", path, query)
+
+
+# ------------------------------------------------------------------------------------- server: access log
+
+
+LOG_LINE = re.compile(
+    r'(\S+) - (\S+) \[(\d\d/\w{3}/\d{4}(?::\d\d){3} [+-]\d{4})\] "(.*?)" (\d{3}) (\S+) "(.*?)" "(.*)"'
+)
+
+
+@contextlib.contextmanager
+def logging_server(tmp_path, **settings):
+    """Run a server with an access log; yield it and what returns the lines, taken apart."""
+    path = tmp_path / "access.log"
+
+    def lines(count):
+        wait_until(lambda: path.read_text().count("\n") >= count)
+        found = [LOG_LINE.fullmatch(line) for line in path.read_text().splitlines()]
+        assert all(found) and len(found) == count, path.read_text()
+        return [line.groups() for line in found]
+
+    with running(Settings(data=tmp_path, access_log=str(path), **settings)) as server:
+        yield server, lines
+
+
+def test_access_log_has_a_line_for_each_answer_in_the_combined_format(tmp_path):
+    with logging_server(tmp_path) as (server, lines):
+        with contextlib.closing(Connection(server, "a lab/ä")) as connection:
+            image_id = connection.stored(b"0123456789")
+            path = f"/image/{image_id}/binary"
+            connection.ask("GET", path, User_Agent='curl "7" \\ \xe4', Referer="http://a/b")
+            connection.ask("GET", path, Range="bytes=2-4")
+            connection.ask("HEAD", path)
+            connection.ask("GET", "/health", Authorization="")
+            connection.ask("GET", "/image", Authorization="Bearer " + TOKEN)
+            subject = server.application.tokens._secret
+            token = jwt.encode({"service": "lab", "sub": "rig 7/b"}, subject)
+            connection.ask("GET", "/image/none?a=b", Authorization=f"Bearer {token}")
+            token = jwt.encode({"service": "lab", "scope": "image:read"}, subject)
+            connection.ask("DELETE", path, Authorization=f"Bearer {token}")
+        exchange(server, b"GET /\r\n")
+        found = lines(10)
+    assert {line[0] for line in found} == {"127.0.0.1"}
+    moment = datetime.strptime(found[0][2], "%d/%b/%Y:%H:%M:%S %z")
+    assert abs(moment.timestamp() - time.time()) < 60
+    tenant = "a%20lab%2F%C3%A4"
+    assert [(line[1], *line[3:6]) for line in found] == [
+        (tenant, "POST /image HTTP/1.1", "201", found[0][5]),
+        (tenant, f"PUT {path} HTTP/1.1", "200", found[1][5]),
+        (tenant, f"GET {path} HTTP/1.1", "200", "10"),
+        (tenant, f"GET {path} HTTP/1.1", "206", "3"),
+        (tenant, f"HEAD {path} HTTP/1.1", "200", "-"),
+        ("-", "GET /health HTTP/1.1", "200", "15"),
+        ("-", "GET /image HTTP/1.1", "401", found[6][5]),
+        ("lab/rig%207%2Fb", "GET /image/none?a=b HTTP/1.1", "404", found[7][5]),
+        ("lab", f"DELETE {path} HTTP/1.1", "403", found[8][5]),
+        ("-", "-", "400", found[9][5]),
+    ]
+    assert found[2][6:] == ("http://a/b", 'curl \\"7\\" \\\\ \\xe4')
+    assert "secret" not in str(found)
+
+
+@pytest.mark.parametrize("name", ["signature", "%73ignature", "s%69gnature"])
+def test_access_log_does_not_show_what_makes_a_link_work(tmp_path, name):
+    with logging_server(tmp_path) as (server, lines):
+        with contextlib.closing(Connection(server)) as connection:
+            link = urllib.parse.urlsplit(connection.link(connection.stored(b"x")))
+            target = f"{link.path}?{link.query}".replace("signature", name)
+            assert connection.ask("GET", target + "&a=b", Authorization="")[2] == b"x"
+        line = lines(4)[3]
+    assert (line[1], line[4]) == ("link", "200")
+    assert line[3] == f"GET {link.path}?{link.query.partition('&signature')[0]}&a=b HTTP/1.1"
+
+
+def test_access_log_counts_what_was_sent_of_a_download_that_broke_off(tmp_path):
+    with logging_server(tmp_path) as (server, lines):
+        with contextlib.closing(Connection(server)) as connection:
+            image_id = connection.stored(bytes(64 * MIB))
+        with dial(server) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            sock.sendall(raw(f"GET /image/{image_id}/binary", bearer(server)))
+            sock.recv(1000)
+        line = lines(3)[2]
+    assert line[4] == "200" and 0 <= int(line[5].replace("-", "0")) < 64 * MIB
+
+
+@pytest.mark.parametrize(
+    "forwarded, address",
+    [
+        ("", "127.0.0.1"),
+        ("198.51.100.7", "198.51.100.7"),
+        ("203.0.113.9, 198.51.100.7", "198.51.100.7"),
+        ("198.51.100.7, 10.1.2.3", "198.51.100.7"),
+        ("198.51.100.7, 10.1.2.3, 127.0.0.1", "198.51.100.7"),
+        ("2001:db8::7, 10.1.2.3", "2001:db8::7"),
+        ("10.9.9.9, 10.1.2.3", "10.9.9.9"),
+        ("unknown", "127.0.0.1"),
+        ("198.51.100.7, unknown, 10.1.2.3", "10.1.2.3"),
+        ('198.51.100.7, "x', "127.0.0.1"),
+    ],
+)
+def test_address_is_the_last_that_is_no_trusted_proxy(tmp_path, caplog, forwarded, address):
+    caplog.set_level("INFO", "image_manager")
+    with logging_server(tmp_path, trusted_proxy="127.0.0.1,10.0.0.0/8") as (server, lines):
+        headers = {"X-Forwarded-For": forwarded} if forwarded else {}
+        with contextlib.closing(Connection(server, **headers)) as connection:
+            connection.ask("DELETE", "/image/x")
+        assert lines(1)[0][0] == address
+    assert caplog.records[-1].getMessage().startswith(f"{address} tenant=")
+
+
+def test_address_is_the_connections_where_no_proxy_is_trusted(tmp_path):
+    with logging_server(tmp_path) as (server, lines):
+        with contextlib.closing(Connection(server)) as connection:
+            connection.ask("GET", "/image", X_Forwarded_For="198.51.100.7")
+        assert lines(1)[0][0] == "127.0.0.1"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_access_log_is_opened_again_on_hangup(tmp_path, workers):
+    path, moved = tmp_path / "access.log", tmp_path / "access.log.1"
+    with service(tmp_path / "data", "--workers", workers, "--access-log", path) as server:
+        urllib.request.urlopen(server.url + "/health").close()
+        wait_until(lambda: path.read_text().count("\n") == 1)
+        path.rename(moved)
+        urllib.request.urlopen(server.url + "/health").close()
+        wait_until(lambda: moved.read_text().count("\n") == 2)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(path.exists)
+        time.sleep(0.2)
+        for _ in range(10):
+            urllib.request.urlopen(server.url + "/health").close()
+        wait_until(lambda: path.read_text().count("\n") == 10)
+        assert moved.read_text().count("\n") == 2 and server.process.poll() is None
+
+
+def test_access_log_that_cannot_be_written_stops_the_start_but_nothing_later(tmp_path):
+    done = command(
+        "serve", "--data", tmp_path, "--port", "0", "--access-log", tmp_path / "no" / "log"
+    )
+    one_sentence(done, "Cannot write", "no/log")
+    if Path("/dev/full").exists():
+        with running(Settings(data=tmp_path, access_log="/dev/full")) as server:
+            assert urllib.request.urlopen(server.url + "/health").status == 200
+
+
+def test_access_log_may_be_standard_output(tmp_path):
+    words = [
+        sys.executable,
+        PROGRAM,
+        "serve",
+        "--data",
+        tmp_path,
+        "--port",
+        "0",
+        "--access-log",
+        "-",
+    ]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRON
+    )
+    url = re.search("listening on (.*)", process.stderr.readline())[1]
+    urllib.request.urlopen(url + "/health").close()
+    assert LOG_LINE.fullmatch(process.stdout.readline().rstrip("\n"))
+    process.terminate()
+    process.communicate(timeout=10)
+
+
+def test_log_of_the_service_has_times_with_their_zone(tmp_path):
+    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
+        connection.create()
+        pattern = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d{4} 127\.0\.0\.1 tenant=\"admin\" sub=null POST /image 201"
+        server.wait_for(pattern)
 
 
 # ------------------------------------------------------------------------------------- server: devices
@@ -3460,7 +3855,7 @@ def test_deletion_that_cannot_remove_the_file_leaves_no_row_and_the_next_start_s
         client.delete(f"/image/{image_id}", status=500, expect_errors=True)
     client.get(f"/image/{image_id}", status=404)
     assert (app.binaries.folder / f"{image_id}.hex").exists()
-    image_manager.sweep(app)
+    image_manager.clean_up(app)
     assert folder_is_clean(app)
 
 
@@ -3558,6 +3953,96 @@ def test_second_service_on_a_folder_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("used", [False, True], ids=["unused", "used before"])
+@pytest.mark.parametrize("end", ["closes", "ends"])
+def test_application_may_be_made_before_a_fork(tmp_path, used, end):
+    """As servers with a preload do it: no connection to SQLite may cross that."""
+    script = f"""
+import os, sys, threading, time, wsgiref.simple_server, wsgiref.util
+from image_manager import *
+app = create_app(Settings(data={str(tmp_path)!r}, jwt_secret={SECRET!r}))
+def use(path):
+    environ = {{"PATH_INFO": path, "HTTP_AUTHORIZATION": "Bearer " + app.tokens.issue("admin")}}
+    wsgiref.util.setup_testing_defaults(environ)
+    return b"".join(app(environ, lambda *_: None))
+if {used}:
+    assert b'"ok"' in use("/health") and use("/image") == b"[]"
+server = wsgiref.simple_server.make_server("127.0.0.1", 0, app)
+print(server.server_port, flush=True)
+if os.fork() == 0:
+    server.serve_forever()
+time.sleep(0.5)
+if {end!r} == "closes":
+    app.close()
+    time.sleep(60)
+"""
+    words, environ = [sys.executable, "-c", script], {**ENVIRON, "PYTHONPATH": str(HERE)}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    parent = subprocess.Popen(words, text=True, env=environ, **options)
+    try:
+        url = f"http://127.0.0.1:{parent.stdout.readline().strip()}"
+        server = Other(url, Tokens(Settings(data=tmp_path), SECRET))
+        with contextlib.closing(Connection(server)) as connection:
+            made = [connection.create()]
+            time.sleep(1)
+            made.append(connection.create())
+            tool = (
+                "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('SELECT * FROM image')"
+            )
+            run(sys.executable, "-c", tool, tmp_path / "image_manager.db", check=True)
+            made.append(connection.create())
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.wait()
+        parent.stdout.close()
+    with contextlib.closing(create_app(Settings(data=tmp_path))) as app:
+        listed = json.loads(app.catalogue.list_json("admin", {}))
+    assert [image["id"] for image in listed] == made
+
+
+class Other:
+    """A server that is none of `running`: its address, and tokens for it."""
+
+    def __init__(self, url, tokens):
+        self.url, self.tokens = url, tokens
+
+    def token(self, service="admin"):
+        return self.tokens.issue(service)
+
+
+def test_application_that_is_made_leaves_no_file_open(tmp_path):
+    before = left_over()
+    with contextlib.closing(create_app(Settings(data=tmp_path))):
+        assert left_over() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_child_that_outlives_the_server_does_not_keep_its_port(tmp_path):
+    with running(Settings(data=tmp_path)) as server:
+        address = urllib.parse.urlsplit(server.url)
+        child = subprocess.Popen(["sleep", "60"], close_fds=False, pass_fds=all_files())
+    try:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((address.hostname, address.port), 2).close()
+    finally:
+        child.kill()
+        child.wait()
+
+
+def all_files():
+    """Return the open files of this process, for a child that inherits them as a fork does."""
+    found = [int(path.name) for path in Path("/proc/self/fd").iterdir()]
+    return [file for file in found if file > 2 and os.path.exists(f"/proc/self/fd/{file}")]
+
+
+def test_token_of_a_rig_lives_as_long_as_its_server(server):
+    claims = jwt.decode(server.token(), options={"verify_signature": False})
+    assert "exp" not in claims
+    claims = jwt.decode(server.token(expires=60), options={"verify_signature": False})
+    assert claims["exp"] - claims["iat"] == 60
+
+
 def test_running_takes_scopes_and_a_given_port(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -3581,6 +4066,36 @@ def test_other_addresses_can_be_listened_on(tmp_path, host):
             assert urllib.request.urlopen(server.url + "/health").status == 200
     except CannotStart:
         pytest.skip(f"no {host} here")
+
+
+def test_two_colons_listen_on_ipv4_too(tmp_path):
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    with running(Settings(data=tmp_path, host="::", access_log=str(tmp_path / "log"))) as server:
+        port = urllib.parse.urlsplit(server.url).port
+        for host in ("127.0.0.1", "[::1]"):
+            assert urllib.request.urlopen(f"http://{host}:{port}/health").status == 200
+    assert [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()] == [
+        "127.0.0.1",
+        "::1",
+    ]
+
+
+def test_address_of_one_interface_can_be_listened_on(tmp_path):
+    address = ["ip", "address", "{}", "fe80::77/64", "dev", "lo"]
+    if not shutil.which("ip") or run(*[word.format("add") for word in address]).returncode:
+        pytest.skip("needs an address that is local to an interface")
+    try:
+        time.sleep(0.1)
+        with running(Settings(data=tmp_path, host="fe80::77%lo")) as server:
+            assert server.url.startswith("http://[fe80::77%lo]:")
+            scope, port = socket.if_nametoindex("lo"), urllib.parse.urlsplit(server.url).port
+            with socket.socket(socket.AF_INET6) as sock:
+                sock.connect(("fe80::77", port, 0, scope))
+                sock.sendall(HEALTH)
+                assert read_answer(sock)[0] == "HTTP/1.1 200 OK"
+    finally:
+        run(*[word.format("del") for word in address])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="is the platform where nothing has to be missing")
@@ -3642,14 +4157,7 @@ def test_application_works_under_another_server(app):
     with wsgiref.simple_server.make_server("127.0.0.1", 0, app, handler_class=Quiet) as other:
         thread = threading.Thread(target=other.serve_forever)
         thread.start()
-        server = type(
-            "Other",
-            (),
-            {
-                "url": f"http://127.0.0.1:{other.server_port}",
-                "token": lambda _, s: app.tokens.issue(s),
-            },
-        )()
+        server = Other(f"http://127.0.0.1:{other.server_port}", app.tokens)
         try:
             with contextlib.closing(Connection(server)) as connection:
                 image_id = connection.stored(content)
@@ -3674,10 +4182,11 @@ ENVIRON = {name: os.environ[name] for name in os.environ if "IMAGE_MANAGER" not 
 
 
 class Service:
-    """A process that serves."""
+    """A process that serves; `before` is what is run to run it."""
 
-    def __init__(self, data, *options, environ=None):
+    def __init__(self, data, *options, environ=None, before=()):
         command = [
+            *before,
             sys.executable,
             str(PROGRAM),
             "serve",
@@ -3685,8 +4194,8 @@ class Service:
             str(data),
             "--port",
             "0",
-            *options,
         ]
+        command += map(str, options)
         self.data, self.lines = Path(data), []
         # Without buffers of pipes to fill: the log is read all the time.
         self.process = subprocess.Popen(
@@ -3739,11 +4248,20 @@ def service(data, *options, **others):
         server.end()
 
 
-def command(*words, environ=None, **others):
+def command(*words, environ=None, before=(), **others):
     """Run a command; return (status, standard output, standard error)."""
     environ = {**ENVIRON, **(environ or {})}
-    done = run(sys.executable, PROGRAM, *words, env=environ, text=True, **others)
+    done = run(*before, sys.executable, PROGRAM, *words, env=environ, text=True, **others)
     return done.returncode, done.stdout, done.stderr
+
+
+def read_only(path):
+    """Return what to put before a command that finds a path on a read-only file system."""
+    script = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+    before = ["unshare", "-m", "sh", "-c", script, str(path)]
+    if not shutil.which("unshare") or run(*before, "true").returncode:
+        pytest.skip("needs mounts of its own")
+    return before
 
 
 def one_sentence(done, *words):
@@ -3788,7 +4306,7 @@ def test_what_cannot_start_says_so_in_one_sentence(tmp_path):
             command("serve", "--data", tmp_path / "h", "--host", host), "Cannot listen", "--host"
         )
     environ = {"IMAGE_MANAGER_JWT_SECRET": os.fsdecode(b"\xff" * 40)}
-    one_sentence(command("token", "--data", tmp_path / "s", environ=environ), "jwt-secret")
+    one_sentence(command("token", "--data", tmp_path / "s", environ=environ), "jwt_secret")
     (tmp_path / "locked" / "service.lock").mkdir(parents=True)
     one_sentence(command("serve", "--data", tmp_path / "locked", "--port", "0"), "Cannot lock")
     with service(tmp_path / "used"):
@@ -3801,6 +4319,108 @@ def test_what_cannot_start_says_so_in_one_sentence(tmp_path):
         ),
         "jwt-public-key",
     )
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("image_manager.db", "let this user write it"),
+        ("service.lock", "Cannot lock"),
+        ("binaries", "Cannot write in"),
+        ("", "Cannot write in"),
+    ],
+)
+def test_store_that_cannot_be_written_stops_the_start(tmp_path, name, said):
+    with service(tmp_path):
+        pass
+    before = read_only(tmp_path / name)
+    one_sentence(command("serve", "--data", tmp_path, "--port", "0", before=before), said)
+
+
+def test_binaries_on_another_file_system_stop_the_start(tmp_path):
+    """A rename between two is no single step, and fails at the first upload."""
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs another file system")
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        (tmp_path / "binaries").symlink_to(folder)
+        one_sentence(command("serve", "--data", tmp_path, "--port", "0"), "on two file systems")
+
+
+def test_python_that_is_too_old_is_told_so():
+    script = "import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_path(sys.argv[1])"
+    done = run(sys.executable, "-c", script, PROGRAM, text=True)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "needs Python 3.10 or newer" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["bottle", "jwt", "waitress", "multipart"])
+def test_package_that_is_missing_is_named_with_the_command_to_install_it(package):
+    script = f"import runpy, sys; sys.modules[{package!r}] = None;"
+    script += "runpy.run_path(sys.argv[1], run_name='__main__')"
+    done = run(sys.executable, "-c", script, PROGRAM, text=True)
+    one_sentence((done.returncode, done.stdout, done.stderr), package, "pip install -r")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("broken", ["2>/dev/full", "2>&-", "2>&- >&- <&-"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_standard_error_that_is_full_or_closed_stops_nothing(tmp_path, broken, workers):
+    port = free_port()
+    words = [
+        sys.executable,
+        PROGRAM,
+        "serve",
+        "--data",
+        tmp_path,
+        "--port",
+        port,
+        "--workers",
+        workers,
+    ]
+    script = f"exec {shlex.join(map(str, words))} {broken}"
+    process = subprocess.Popen(["bash", "-c", script], env=ENVIRON)
+    wait_until(lambda: is_listening(port))
+    server = Other(
+        f"http://127.0.0.1:{port}",
+        Tokens(Settings(data=tmp_path), image_manager.load_secret(tmp_path)),
+    )
+    with contextlib.closing(Connection(server)) as connection:
+        image_id = connection.stored(b"x")
+        assert connection.ask("GET", "/image", Authorization="Bearer x")[0] == 401
+        assert connection.ask("DELETE", f"/image/{image_id}")[0] == 200
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def test_token_that_the_start_hints_at_works_from_any_folder(tmp_path):
+    """With a secret from the environment, an audience and an issuer."""
+    (tmp_path / "elsewhere").mkdir()
+    environ = {"IMAGE_MANAGER_JWT_SECRET": SECRET}
+    options = ["--jwt-audience", "fw devices", "--jwt-issuer", "us"]
+    relative = os.path.relpath(tmp_path / "data")
+    with service(relative, *options, environ=environ) as server:
+        hint = server.wait_for("get a token with: (.*)")[1]
+        assert "IMAGE_MANAGER_JWT_SECRET" in server.wait_for("which needs .*").string
+        assert SECRET not in server.log
+        environ = {**ENVIRON, **environ}
+        done = run(*shlex.split(hint), cwd=tmp_path / "elsewhere", env=environ, text=True)
+        assert done.stderr == "" and done.stdout.count("\n") == 1
+        with contextlib.closing(Connection(server, service=None)) as connection:
+            authorization = f"Bearer {done.stdout.strip()}"
+            assert connection.ask("GET", "/image", Authorization=authorization)[0] == 200
+
+
+def test_token_needs_to_read_only(tmp_path):
+    with service(tmp_path):
+        pass
+    status, out, err = command("token", "--data", tmp_path, before=read_only(tmp_path))
+    assert (status, out.count("\n"), err) == (0, 1, "")
 
 
 @pytest.mark.parametrize(
@@ -3829,7 +4449,7 @@ def test_bad_options_are_told_what_is_allowed(words, said):
 )
 def test_bad_environment_is_told_what_is_allowed(name, value):
     one_sentence(
-        command("serve", environ={f"IMAGE_MANAGER_{name}": value}), f"IMAGE_MANAGER_{name} takes"
+        command("serve", environ={f"IMAGE_MANAGER_{name}": value}), f"{name.lower()} takes", value
     )
 
 
@@ -3857,7 +4477,9 @@ def test_environment_sets_options_and_the_command_line_wins(tmp_path):
 
 def test_token_prints_a_token_and_nothing_else(tmp_path):
     status, out, err = command("token", "--data", tmp_path)
-    assert (status, err, out.count("\n")) == (0, "", 1)
+    assert (status, out.count("\n"), err.count("\n")) == (0, 1, 1)
+    assert f"made {tmp_path / 'secret.key'}, as there was none" in err
+    assert command("token", "--data", tmp_path)[2] == ""
     secret = (tmp_path / "secret.key").read_text().strip()
     claims = jwt.decode(out.strip(), secret, ["HS256"])
     assert claims["service"] == "admin" and "scope" not in claims
@@ -3980,6 +4602,58 @@ def test_upload_that_is_broken_off_gives_its_space_back(tmp_path):
             wait_until(lambda: not any(spool in name for name in open_files(files)))
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_hangup_lets_downloads_finish(tmp_path, workers):
+    with service(tmp_path, "--workers", workers) as server:
+        content = random.Random(7).randbytes(8 * MIB)
+        with contextlib.closing(Connection(server)) as connection:
+            image_id = connection.stored(content)
+        with dial(server) as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            slow.sendall(raw(f"GET /image/{image_id}/binary", bearer(server)))
+            time.sleep(0.2)
+            server.process.send_signal(signal.SIGHUP)
+            time.sleep(0.2)
+            assert sha256(read_answer(slow)[2]) == sha256(content)
+        assert server.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_second_interrupt_ends_at_once(tmp_path, workers):
+    server = Service(tmp_path, "--workers", workers)
+    with contextlib.closing(Connection(server)) as connection:
+        image_id = connection.stored(bytes(8 * MIB))
+    with dial(server) as slow:
+        slow.sendall(raw(f"GET /image/{image_id}/binary", bearer(server)))
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert server.process.poll() is None  # it waits for the download
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        assert server.end() == 130 and time.monotonic() - began < 2
+
+
+def test_request_that_takes_for_ever_does_not_keep_the_service_from_ending(tmp_path):
+    script = (
+        "import runpy, sys, threading, time; sys.argv = sys.argv[1:]; sys.path.insert(0, %r);"
+        "import image_manager; image_manager.GRACE = 0.5;"
+        "image_manager.Application.health = lambda *_: time.sleep(60);"
+        "sys.exit(image_manager.main())" % str(HERE)
+    )
+    real = subprocess.Popen
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            subprocess, "Popen", lambda words, **o: real([words[0], "-c", script, *words[1:]], **o)
+        )
+        server = Service(tmp_path)
+    with dial(server) as sock:
+        sock.sendall(HEALTH)
+        time.sleep(0.2)
+        assert server.end(seconds=5) == 0
+
+
 def test_interrupt_ends_with_status_0(tmp_path):
     server = Service(tmp_path)
     server.url
@@ -4015,21 +4689,91 @@ def test_lost_catalogue_stops_the_start_and_nothing_is_swept(tmp_path):
         assert connection.ask("GET", f"/image/{image_id}/binary")[2] == b"precious"
 
 
-def test_start_sweeps_what_was_left_over_and_nothing_else(tmp_path):
+def test_start_removes_only_what_the_catalogue_says_is_left_over(tmp_path):
     with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
-        kept = connection.stored(firmware()[0])
-        plain = connection.stored(b"plain")
-        empty = connection.create()
-    for name in (f"{uuid.uuid4()}.hex", f"{empty}.hex", f"{plain}.bin", "notes.txt"):
+        kept, plain = connection.stored(firmware()[0]), connection.stored(b"plain")
+        empty, cleared, gone = connection.create(), connection.stored(b"x"), connection.stored(b"x")
+        connection.ask("DELETE", f"/image/{cleared}/binary")
+        connection.ask("DELETE", f"/image/{gone}")
+    stray = uuid.uuid4()
+    left = [f"{empty}.hex", f"{plain}.bin", f"{cleared}.bin", f"{gone}.hex"]
+    unknown = [f"{stray}.hex", f"{stray}.bin", "notes.txt", f"{empty}.txt"]
+    for name in left + unknown:
         (tmp_path / "binaries" / name).write_bytes(b"x")
     (tmp_path / "tmp" / "abc.hex").write_bytes(b"x")
+    (tmp_path / "secret.key123.draft").write_bytes(b"x")
     for folder in ("tmp", "binaries"):
         (tmp_path / folder / "lost+found").mkdir()
-    assert "4 faults" in command("verify", "--data", tmp_path)[1]
-    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
+    status, out, _ = command("verify", "--data", tmp_path)
+    assert status == 1 and out.count("left over: ") == out.count("unknown: ") == 4
+    with service(tmp_path) as server:
+        assert "4 files in" in server.wait_for("belong to no image").string
         names = {path.name for path in (tmp_path / "binaries").iterdir()}
-        assert names == {f"{kept}.hex", f"{kept}.bin", f"{plain}.hex", "lost+found"}
+        assert names == {f"{kept}.hex", f"{kept}.bin", f"{plain}.hex", "lost+found", *unknown}
         assert not list((tmp_path / "tmp").glob("*.hex"))
+        assert not list(tmp_path.glob("*.draft"))
+    assert command("verify", "--data", tmp_path)[1].count("unknown: ") == 4
+
+
+def test_start_with_an_older_catalogue_removes_no_upload_that_it_does_not_know(tmp_path):
+    """As where it is restored from a backup, which is what the service advises."""
+    database = tmp_path / "image_manager.db"
+    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
+        connection.stored(b"first")
+    shutil.copy(database, tmp_path / "kept.db")
+    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
+        later = [connection.stored(firmware(seed=seed)[0]) for seed in range(3)]
+    shutil.copy(tmp_path / "kept.db", database)
+    with service(tmp_path) as server:
+        assert server.wait_for(r"(\d+) files in \S+ belong to no image")[1] == "6"
+    for image_id in later:
+        assert (tmp_path / "binaries" / f"{image_id}.hex").exists()
+        assert (
+            f"unknown: {tmp_path}/binaries/{image_id}.hex"
+            in command("verify", "--data", tmp_path)[1]
+        )
+
+
+@pytest.mark.parametrize("index", ["image_by_precedence", "sqlite_autoindex_image_1"])
+def test_start_with_a_stale_page_of_an_index_removes_no_upload(tmp_path, index):
+    """As from a card that lied about a write."""
+    database = tmp_path / "image_manager.db"
+    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
+        connection.stored(b"first")
+    old = database.read_bytes()
+    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
+        later = [connection.stored(firmware(seed=seed)[0]) for seed in range(3)]
+    with contextlib.closing(sqlite3.connect(database)) as catalogue:
+        sql = "SELECT rootpage FROM sqlite_master WHERE name = ?"
+        (page,) = catalogue.execute(sql, (index,)).fetchone()
+        (size,) = catalogue.execute("PRAGMA page_size").fetchone()
+    new = bytearray(database.read_bytes())
+    new[(page - 1) * size : page * size] = old[(page - 1) * size : page * size]
+    database.write_bytes(new)
+    server = Service(tmp_path)
+    wait_until(lambda: server.process.poll() is not None or "listening" in server.log)
+    server.end()
+    for image_id in later:
+        assert (tmp_path / "binaries" / f"{image_id}.hex").exists()
+
+
+def test_damaged_catalogue_stops_the_start_and_is_named_by_verify_and_backup(tmp_path):
+    data, database = tmp_path / "data", tmp_path / "data" / "image_manager.db"
+    with service(data) as server, contextlib.closing(Connection(server)) as connection:
+        for number in range(200):
+            connection.create(label=f"label {number}")
+        image_id = connection.stored(b"x")
+    content = bytearray(database.read_bytes())
+    content[8192:16384] = random.Random(1).randbytes(8192)
+    database.write_bytes(content)
+    status, out, _ = command("verify", "--data", data)
+    assert status == 1 and "damaged: the catalogue (" in out
+    status, out, err = command("backup", "--data", data, tmp_path / "copy")
+    assert status == 1 and "damaged: the catalogue (" in out
+    one_sentence(command("serve", "--data", data, "--port", "0"), "catalogue", "backup")
+    with pytest.raises(CannotStart, match="backup"), running(Settings(data=data)):
+        pass
+    assert (data / "binaries" / f"{image_id}.hex").read_bytes() == b"x"
 
 
 def test_last_image_deleted_is_no_lost_catalogue(tmp_path):
@@ -4236,7 +4980,7 @@ def test_verify_is_satisfied_with_a_sound_store_in_use_and_changes_nothing(shelf
         (lambda path: path.with_suffix(".hex").write_bytes(b"x"), "1 bytes long instead of"),
         (lambda path: flip(path.with_suffix(".hex")), "the hex file of image {id} has other bytes"),
         (lambda path: flip(path.with_suffix(".bin")), "the bin file of image {id} has other bytes"),
-        (lambda path: path.with_name("stray.hex").write_bytes(b""), "left over: "),
+        (lambda path: path.with_name("stray.hex").write_bytes(b""), "unknown: "),
     ],
 )
 def test_verify_names_each_damage_and_what_can_be_done(shelf, damage, said):
@@ -4246,7 +4990,7 @@ def test_verify_names_each_damage_and_what_can_be_done(shelf, damage, said):
     status, out, err = command("verify", "--data", server.data)
     assert status == 1 and err == "" and said.format(id=image_id) in out
     assert out.endswith("3 binaries checked, 1 faults\n")
-    assert "upload the same file again" in out or "the next start of the service removes it" in out
+    assert "upload the same file again" in out or "move it away" in out
 
 
 def flip(path):
@@ -4331,6 +5075,53 @@ def test_backup_of_a_store_in_use_is_complete_and_can_be_served(shelf, tmp_path)
     one_sentence(command("backup", "--data", server.data, tmp_path / "copy"), "has something in it")
 
 
+def test_verify_and_backup_work_on_a_read_only_file_system(tmp_path):
+    """The moment when one wants them, with a log that was not merged before the crash."""
+    server = Service(tmp_path / "data")
+    with contextlib.closing(Connection(server)) as connection:
+        contents = [firmware(5000, seed=1)[0], b"plain"]
+        stored = {connection.stored(content): content for content in contents}
+    server.process.kill()
+    server.end()
+    assert (tmp_path / "data" / "image_manager.db-wal").stat().st_size
+    before = read_only(tmp_path / "data")
+    for _ in range(2):
+        done = command("verify", "--data", tmp_path / "data", before=before)
+        assert done == (0, "2 binaries checked, 0 faults\n", "")
+    status, out, err = command(
+        "backup", "--data", tmp_path / "data", tmp_path / "copy", before=before
+    )
+    assert (status, err) == (0, "") and "2 binaries copied, 0 faults" in out
+    with service(tmp_path / "copy") as copy, contextlib.closing(Connection(copy)) as connection:
+        for image_id, content in stored.items():
+            assert connection.ask("GET", f"/image/{image_id}/binary")[2] == content
+    (tmp_path / "data" / "image_manager.db-shm").unlink(missing_ok=True)
+    done = command("verify", "--data", tmp_path / "data", before=before)
+    assert done[0] == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes of files")
+def test_backup_has_the_modes_of_the_store_and_its_secret_is_never_readable(shelf, tmp_path):
+    server, _, _ = shelf
+    for path in (server.data / "binaries").iterdir():
+        path.chmod(0o640)
+    (server.data / "image_manager.db").chmod(0o600)
+    watched = subprocess.Popen(
+        ["strace", "-f", "-e", "trace=openat,chmod,fchmod", sys.executable, PROGRAM, "backup", "--data",
+         server.data, tmp_path / "copy"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) if shutil.which("strace") else None  # fmt: skip
+    if watched:
+        trace = watched.communicate(timeout=60)[1]
+        made = [line for line in trace.splitlines() if "copy/secret.key" in line]
+        assert made and "0600" in made[0] and not any("0644" in line for line in made)
+    else:
+        command("backup", "--data", server.data, tmp_path / "copy")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "copy" / "binaries").iterdir()}
+    assert modes == {0o640}
+    for name in ("image_manager.db", "secret.key"):
+        assert (tmp_path / "copy" / name).stat().st_mode & 0o777 == 0o600
+
+
 def test_backup_tells_of_damage_and_copies_the_rest(shelf, tmp_path):
     server, _, contents = shelf
     image_id = next(iter(contents))
@@ -4384,8 +5175,8 @@ def bash(fresh, script):
 
 
 def test_readme_every_command_works_as_pasted(fresh):
-    if not shutil.which("curl") or b"--json" not in run("curl", "--help", "all").stdout:
-        pytest.skip("needs curl 7.82")
+    if not shutil.which("curl") or b"--fail-with-body" not in run("curl", "--help", "all").stdout:
+        pytest.skip("needs curl 7.76")
     scripts = [block for block in blocks("sh") if "pip install" not in block]
     for tool in ("wget", "wrk"):
         if not shutil.which(tool):
@@ -4408,6 +5199,20 @@ def test_readme_python_script_works(fresh):
     environ = {**ENVIRON, "URL": url, "TOKEN": token}
     done = run(sys.executable, "-c", script, cwd=folder, env=environ, text=True)
     assert done.stdout == "image uploaded\n", done.stderr
+
+
+def test_readme_ci_job_publishes_with_a_token_that_can_only_write(fresh):
+    folder, url = fresh
+    lines = re.findall(r"^    - '(.*)'$", blocks("yaml")[0], re.MULTILINE)
+    (folder / "build").mkdir()
+    token = bash(fresh, ".venv/bin/python image_manager.py token --scope write").strip()
+    script = f"FW_URL={url} FW_TOKEN={token} TAG=7.7.7\n" + "\n".join(lines)
+    (folder / "build" / "firmware.hex").write_bytes(firmware()[0])
+    assert "image uploaded" in bash(fresh, script)
+    (folder / "build" / "firmware.hex").write_bytes(b":00\n")
+    words = ["bash", "-euo", "pipefail", "-c", script.replace("--retry 5", "")]
+    done = run(*words, cwd=folder, text=True)
+    assert done.returncode and "Corrupt Intel HEX: line 1" in done.stdout
 
 
 def test_readme_fixture_works(tmp_path):
