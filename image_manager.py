@@ -80,6 +80,9 @@ import binascii
 import bisect
 import contextlib
 import dataclasses
+import email.errors
+import email.header
+import email.message
 import email.utils
 import errno
 import functools
@@ -219,6 +222,12 @@ class PreconditionFailed(ServiceError):
     status, message = 412, "The binary is not the one that the request's conditions ask for"
 
 
+class NotTheFile(ServiceError):
+    """The header says that the body is something else than it is taken for."""
+
+    status = 415
+
+
 class TooLarge(ServiceError):
     status = 413
 
@@ -354,6 +363,9 @@ class Settings:
     )
     jwt_audience: str = option("", parse_text, "audience (aud) that tokens must name")
     jwt_issuer: str = option("", parse_text, "issuer (iss) that tokens must name")
+    allow_origin: str = option(
+        "", parse_text, "web page's origin that may use all of the API; * for any"
+    )
     access_log: str = option(
         "", parse_text, "file for a line about each answer; - for standard output"
     )
@@ -379,10 +391,15 @@ class Settings:
         prefix = self.url_prefix.strip("/")
         self._set("public_url", self.public_url.rstrip("/"))
         self._set("url_prefix", prefix and "/" + prefix)
-        if not re.fullmatch(r"((?!image(/|$))[\w.~-]+(/[\w.~-]+)*)?", prefix, re.ASCII):
-            raise CannotStart("url_prefix takes a path such as /fw-image, not one under /image")
+        hidden = r"(?!(image|health|openapi\.json)(/|$))"
+        if not re.fullmatch(rf"({hidden}[\w.~-]+(/[\w.~-]+)*)?", prefix, re.ASCII):
+            raise CannotStart(
+                "url_prefix takes a path such as /fw-image, and none of the API's own"
+            )
         if not re.fullmatch(r"(https?://[\x21\x23-\x3b\x3d\x3f-\x7e]+)?", self.public_url):
             raise CannotStart("public_url takes an address such as https://fw.example.com")
+        if not re.fullmatch(r"(\*|[a-z][a-z0-9+.-]*://[^/\s,]+)?", self.allow_origin, re.ASCII):
+            raise CannotStart("allow_origin takes * or an origin such as https://bench.example.com")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the class is frozen
@@ -1029,12 +1046,14 @@ MIGRATIONS = (
 _ALWAYS = "'id', id, 'label', label, 'fw_version', fw_version, 'created', created, 'confirmed', "
 IMAGE_JSON = f"""CASE
     WHEN confirmed THEN json_object({_ALWAYS} json('true'), 'updated', updated,
-        'size', size, 'sha256', sha256)
+        'size', size, 'sha256', sha256,
+        'checked', json(CASE WHEN report IS NULL THEN 'false' ELSE 'true' END))
     WHEN updated IS NULL THEN json_object({_ALWAYS} json('false'))
     ELSE json_object({_ALWAYS} json('false'), 'updated', updated) END"""
 WITH_REPORT = f"""CASE WHEN report IS NULL THEN {IMAGE_JSON}
     ELSE rtrim({IMAGE_JSON}, '}}') || ',"hex":' || report || '}}' END"""
-COLUMNS = "id, tenant, confirmed, size, sha256, stored, report IS NOT NULL, updated"
+COLUMNS = """id, tenant, confirmed, size, sha256, stored, report IS NOT NULL, updated, label,
+    fw_version"""
 
 ONE = "FROM image WHERE id = :id AND tenant = :tenant"
 LATEST = f"""SELECT fw_version, precedence, {IMAGE_JSON} FROM image
@@ -1094,6 +1113,11 @@ class Image(NamedTuple):
     stored: str
     is_hex: int  # and sound
     updated: str
+    label: str
+    fw_version: str
+
+
+Permit = Callable[[Image], None]  # raises an error where an image, as it is, must not be changed
 
 
 class Binary(NamedTuple):
@@ -1322,14 +1346,32 @@ class Catalogue:
         """Return version, semver_key and object of the newest image that has a binary."""
         return self._row(LATEST, tenant=tenant, label=label)  # type: ignore[no-any-return]
 
-    def change(self, tenant: str, image_id: str, label: str | None, fw_version: str | None) -> None:
+    @contextlib.contextmanager
+    def _changing(
+        self, tenant: str, image_id: str, permit: Permit
+    ) -> Iterator[tuple[sqlite3.Connection, Image, dict[str, Any]]]:
+        """Run a write transaction on an image that is there and permits it."""
+        key = {"id": image_id, "tenant": tenant}
+        with self._transaction() as connection:
+            row = connection.execute(f"SELECT {COLUMNS} {ONE}", key).fetchone()
+            if not row:
+                raise NoSuchImage(image_id)
+            permit(Image(*row))
+            yield connection, Image(*row), {**key, "now": now_text()}
+
+    def change(
+        self,
+        tenant: str,
+        image_id: str,
+        label: str | None,
+        fw_version: str | None,
+        permit: Permit,
+    ) -> None:
         """Set what is not None."""
         precedence = None if fw_version is None else semver_key(fw_version)
-        values = {"id": image_id, "tenant": tenant, "label": label, "fw_version": fw_version}
-        with self._transaction() as connection:
-            values |= {"precedence": precedence, "now": now_text()}
-            if not connection.execute(CHANGE, values).rowcount:
-                raise NoSuchImage(image_id)
+        values = {"label": label, "fw_version": fw_version, "precedence": precedence}
+        with self._changing(tenant, image_id, permit) as (connection, _, key):
+            connection.execute(CHANGE, key | values)
 
     def confirm(
         self,
@@ -1338,50 +1380,44 @@ class Catalogue:
         binary: Binary,
         publish: Callable[[], None],
         withdraw: Callable[[], None],
+        permit: Permit,
     ) -> None:
         """Publish the files of a binary and record it, with no other upload in between.
 
         The same bytes may be published again, which mends damaged files. Where recording fails
         after publish(), withdraw() undoes it. Raises BinaryExists where others are recorded.
         """
-        key = {"id": image_id, "tenant": tenant}
         published = False
+
+        def permit_binary(image: Image) -> None:
+            if image.confirmed and image.sha256 != binary.sha256:
+                raise BinaryExists
+            permit(image)
+
         try:
-            with self._transaction() as connection:
-                row = connection.execute(f"SELECT confirmed, sha256, stored {ONE}", key).fetchone()
-                if not row:
-                    raise NoSuchImage(image_id)
-                confirmed, sha256, last = row
-                if confirmed and sha256 != binary.sha256:
-                    raise BinaryExists
+            with self._changing(tenant, image_id, permit_binary) as (connection, image, key):
                 published = True
                 publish()
-                now = now_text()
-                dates = {"now": now, "stored": max(now, a_second_after(last)) if last else now}
-                connection.execute(CONFIRM, {**key, **binary._asdict(), **dates})
+                last = image.stored
+                key["stored"] = max(key["now"], a_second_after(last)) if last else key["now"]
+                connection.execute(CONFIRM, key | binary._asdict())
         except BaseException:
             if published:
                 self.unless_confirmed(image_id, withdraw)
             raise
 
-    def clear(self, tenant: str, image_id: str) -> None:
+    def clear(self, tenant: str, image_id: str, permit: Permit) -> None:
         """Record that an image has no binary any more, if it had one."""
-        with self._transaction() as connection:
-            key = {"id": image_id, "tenant": tenant, "now": now_text()}
-            changed = connection.execute(CLEAR, key).rowcount
-            if not changed and not connection.execute(f"SELECT 1 {ONE}", key).fetchone():
-                raise NoSuchImage(image_id)
+        with self._changing(tenant, image_id, permit) as (connection, _, key):
+            connection.execute(CLEAR, key)
 
-    def remove(self, tenant: str, image_id: str) -> str:
+    def remove(self, tenant: str, image_id: str, permit: Permit) -> str:
         """Remove an image; return the object that it was."""
-        with self._transaction() as connection:
-            key = {"id": image_id, "tenant": tenant}
-            row = connection.execute(f"SELECT {IMAGE_JSON} {ONE}", key).fetchone()
-            if not row:
-                raise NoSuchImage(image_id)
+        with self._changing(tenant, image_id, permit) as (connection, _, key):
+            (removed,) = connection.execute(f"SELECT {IMAGE_JSON} {ONE}", key).fetchone()
             for statement in REMOVE:
                 connection.execute(statement, key)
-        return str(row[0])
+        return str(removed)
 
     def unless_confirmed(self, image_id: str, action: Callable[[], None]) -> None:
         """Do something to an image's files while no upload can record a binary of it."""
@@ -1726,6 +1762,11 @@ class BinaryStore:
 # WSGI (PEP 3333) has it.
 
 ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
+HTTP_DATE = re.compile(
+    r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT|\w{6,9}, \d\d-\w{3}-\d\d \d\d:\d\d:\d\d GMT"
+    r"|\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d \d{4}",
+    re.ASCII,
+)
 JSON_WANTED = "Payload must be valid JSON, and Content-Type set accordingly"
 FORM_WANTED = "Payload must be valid multipart/form-data"
 ADDRESS = "[0-9]{1,18}|0[xX][0-9a-fA-F]{1,15}"
@@ -1840,7 +1881,8 @@ class Request(HTTPRequestParser):
             "wsgi.file_wrapper": lambda file: file,
         }
         for name, value in self.headers.items():
-            environ[name if name.startswith("CONTENT_") else "HTTP_" + name] = value
+            known = name in ("CONTENT_TYPE", "CONTENT_LENGTH")
+            environ[name if known else "HTTP_" + name] = value
         return environ
 
     def receive(self, received: bytearray, limit: int, folder: Path) -> Iterator[None]:
@@ -1946,7 +1988,7 @@ class Validators(NamedTuple):
 
 def http_date(environ: Mapping[str, str], name: str) -> float | None:
     """Return the time in a header, None if there is none or it is no date: RFC 9110, 5.6.7."""
-    if name not in environ:
+    if not HTTP_DATE.fullmatch(environ.get(name, "").strip()):
         return None
     try:
         moment = email.utils.parsedate_to_datetime(environ[name])
@@ -1967,22 +2009,37 @@ def last_modified(stored: str) -> tuple[int, str]:
     return seconds, format_http_date(seconds)
 
 
+def require_conditions(environ: Mapping[str, str], current: Validators | None) -> None:
+    """Raise PreconditionFailed where If-Match or If-Unmodified-Since does not hold.
+
+    `current` is None where there is no binary: no tag is that of one, and none was modified.
+    """
+    if_match = environ.get("HTTP_IF_MATCH")
+    unmodified = http_date(environ, "HTTP_IF_UNMODIFIED_SINCE")
+    if if_match is not None:
+        # The strong comparison: a weak tag is not the same as any.
+        tags = ENTITY_TAG.findall(if_match)
+        if not current or (if_match.strip() != "*" and current.etag not in tags):
+            raise PreconditionFailed
+    elif current and unmodified is not None and current.modified > unmodified:
+        raise PreconditionFailed
+
+
+def matches_none(environ: Mapping[str, str], current: Validators) -> bool:
+    """Tell whether If-None-Match holds; it does where it is not given."""
+    header = environ.get("HTTP_IF_NONE_MATCH", "")
+    tags = [tag.removeprefix("W/") for tag in ENTITY_TAG.findall(header)]
+    return header.strip() != "*" and current.etag not in tags
+
+
 def not_modified(environ: Mapping[str, str], current: Validators) -> bool:
     """Tell whether the answer to a GET or HEAD is 304, by the order of RFC 9110, 13.2.2.
 
     Raises PreconditionFailed.
     """
-    if_match, if_none_match = environ.get("HTTP_IF_MATCH"), environ.get("HTTP_IF_NONE_MATCH")
-    unmodified = http_date(environ, "HTTP_IF_UNMODIFIED_SINCE")
-    if if_match is not None:
-        # The strong comparison: a weak tag is not the same as any.
-        if if_match.strip() != "*" and current.etag not in ENTITY_TAG.findall(if_match):
-            raise PreconditionFailed
-    elif unmodified is not None and current.modified > unmodified:
-        raise PreconditionFailed
-    if if_none_match is not None:
-        tags = [tag.removeprefix("W/") for tag in ENTITY_TAG.findall(if_none_match)]
-        return if_none_match.strip() == "*" or current.etag in tags
+    require_conditions(environ, current)
+    if "HTTP_IF_NONE_MATCH" in environ:
+        return not matches_none(environ, current)
     modified = http_date(environ, "HTTP_IF_MODIFIED_SINCE")
     return modified is not None and current.modified <= modified
 
@@ -1990,13 +2047,14 @@ def not_modified(environ: Mapping[str, str], current: Validators) -> bool:
 def requested_range(environ: Mapping[str, str], current: Validators, size: int) -> range | None:
     """Return the bytes that a GET asks for, None for all of them: RFC 9110, 14.2.
 
-    Anything but one sound range of bytes is ignored, as is one whose If-Range does not hold.
+    Anything but one sound range of bytes is ignored, as is one whose If-Range does not hold, and
+    any of an empty file: nginx's slices ask for one of each.
     Raises RangeNotSatisfiable.
     """
     if_range = environ.get("HTTP_IF_RANGE", current.etag).strip()
     if if_range != current.etag and http_date(environ, "HTTP_IF_RANGE") != current.modified:
         return None
-    header = environ.get("HTTP_RANGE", "")
+    header = environ.get("HTTP_RANGE", "") if size else ""
     match = re.fullmatch("bytes= *([0-9]*)-([0-9]*) *", header, re.IGNORECASE)
     if not match or match[1] == match[2] == "":
         return None
@@ -2026,7 +2084,10 @@ def parse_query(environ: Mapping[str, Any]) -> dict[str, str]:
     query = dict(pairs)
     if len(query) < len(pairs):
         raise BadRequest
-    return query
+    # Devices paste versions as they are, with a plus that a query has for a blank.
+    pasted = urllib.parse.parse_qsl(raw.replace("+", "%2B"))
+    versions = {name: value for name, value in pasted if name in ("current", "fw_version")}
+    return query | {name: value for name, value in versions.items() if SEMVER.fullmatch(value)}
 
 
 def parse_number(text: str, low: int, high: int, form: str = "[0-9]{1,18}") -> int:
@@ -2072,16 +2133,25 @@ def no_constant(name: str) -> None:
 STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=no_constant)
 
 
-def parse_json(environ: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON object in the body; raises BadRequest, TooLarge."""
+def parse_json(environ: Mapping[str, Any], default: Any = None) -> dict[str, Any]:
+    """Return the JSON object in the body, a default where there is none.
+
+    Raises BadRequest, TooLarge.
+    """
     body = b""
     try:
         for block in body_blocks(environ):
             body += block
             if len(body) > JSON_LIMIT:
                 raise TooLarge(JSON_LIMIT)
+        if not body and default is not None:
+            return default  # type: ignore[no-any-return]
         value = STRICT_JSON.decode(body.decode())
-    except (ValueError, RecursionError, LengthRequired) as error:
+    except LengthRequired as error:
+        if default is not None:
+            return default  # type: ignore[no-any-return]
+        raise BadRequest(JSON_WANTED) from error
+    except (ValueError, RecursionError) as error:
         raise BadRequest(JSON_WANTED) from error
     kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
     if kind != "application/json" or not isinstance(value, dict):
@@ -2099,15 +2169,18 @@ def file_in_form(environ: Mapping[str, Any]) -> Iterator[bytes]:
     try:
         if kind != "multipart/form-data":
             raise BadRequest(FORM_WANTED)
-        parser = multipart.PushMultipartParser(options.get("boundary", ""), max_segment_count=1000)
+        # In Latin-1 each byte of a file's name is a character, whatever its coding was.
+        parser = multipart.PushMultipartParser(
+            options.get("boundary", ""), max_segment_count=1000, header_charset="latin-1"
+        )
         for block in itertools.chain(body_blocks(environ), [b""]):  # b"" ends the form
             for event in parser.parse(block):
                 if isinstance(event, multipart.MultipartSegment):
-                    is_file = event.filename is not None
-                    inside = is_file and event.name == "image"
-                    others |= is_file and not inside
+                    name = file_name(event.header("Content-Disposition", ""))
+                    inside = name is not None and event.name == "image"
+                    others |= name is not None and not inside
                     if inside:
-                        check_file_name(event.filename, found)
+                        check_part(event, name or "", found)
                     found |= inside
                 elif event and inside:
                     yield bytes(event)
@@ -2119,13 +2192,36 @@ def file_in_form(environ: Mapping[str, Any]) -> Iterator[bytes]:
         )
 
 
-def check_file_name(name: str, found: bool) -> None:
+def file_name(disposition: str) -> str | None:
+    """Return the file's name in a Content-Disposition, None where it has none.
+
+    filename* is preferred to filename (RFC 6266, 4.3), and encoded words are decoded (RFC 2047).
+    """
+    message = email.message.Message()
+    message["Content-Disposition"] = disposition
+    params = message.get_params([], "Content-Disposition")
+    names = [value for key, value in params if key.lower() == "filename"]
+    if not names:
+        return None
+    extended = [value for value in names if isinstance(value, tuple)]
+    name = email.utils.collapse_rfc2231_value((extended or names)[0])
+    with contextlib.suppress(ValueError, LookupError, email.errors.HeaderParseError):
+        name = str(email.header.make_header(email.header.decode_header(name)))
+    return name
+
+
+def check_part(part: multipart.MultipartSegment, name: str, found: bool) -> None:
+    """Raise BadRequest unless a part of a form is the one file that is looked for."""
     if found:
         raise BadRequest("Payload must contain one file named image, not two")
     if not name:
         raise BadRequest("Filename empty")
     if not name.lower().endswith(".hex"):
-        raise BadRequest("Invalid File")
+        raise BadRequest("Invalid File: its name must end in .hex")
+    coding = part.header("Content-Transfer-Encoding", "binary").strip().lower()
+    packed = part.header("Content-Encoding", "identity").strip().lower() != "identity"
+    if coding not in ("7bit", "8bit", "binary") or packed:
+        raise BadRequest("The form holds the file encoded: send its bytes as they are")
 
 
 # ------------------------------------------------------------------------------------- routes
@@ -2150,29 +2246,35 @@ class Route(NamedTuple):
     answers: tuple[int, ...] = (200,)  # besides those that any route may give
     by_link: bool = False  # a signed link will do instead of a token
     quick: bool = False  # a GET that takes some 100 us, waits for nothing and returns little
+    needs: tuple[str, ...] = ()  # what the query must have
 
 
+# What is no id, whatever the method: it has a path of its own.
+OTHER_THAN_IDS = r"(?!(?:latest|binary|latest/binary)\Z)"
 LABELS = ("label", "fw_version")  # what a client can set
 IMAGE, BINARY = "/image/<image_id>", "/image/<image_id>/binary"
 PAGE, WINDOW = ("limit", "offset"), ("format", "start", "end", "fill")
+LATEST_QUERY, UPLOAD_QUERY = ("label", "current"), ("sha256", "validate")
 ROUTES = (
     Route("GET", "/health", "health", PUBLIC, gives="Health"),
     Route("GET", "/openapi.json", "describe", PUBLIC, gives="Description"),
     Route("GET", "/image", "list_images", READ, (*FILTERS, *PAGE), gives="Images"),
     Route("POST", "/image", "create_image", WRITE, (), "image", "Created", (201,)),
     Route("GET", "/image/binary", "list_binaries", READ, gives="Names"),
-    Route("GET", "/image/latest", "latest_image", READ, ("label", "current"),
-          answers=(200, 204, 404), quick=True),
+    Route("GET", "/image/latest", "latest_image", READ, LATEST_QUERY,
+          answers=(200, 204, 404), quick=True, needs=("label",)),
+    Route("GET", "/image/latest/binary", "latest_binary", READ, (*LATEST_QUERY, *WINDOW),
+          answers=(204, 307, 404), quick=True, needs=("label",)),
     Route("GET", IMAGE, "show_image", READ, answers=(200, 404), quick=True),
-    Route("PATCH", IMAGE, "change_image", WRITE, (), "image", answers=(200, 404)),
-    Route("DELETE", IMAGE, "delete_image", DELETE, gives="Removed", answers=(200, 404)),
+    Route("PATCH", IMAGE, "change_image", WRITE, (), "change", answers=(200, 404, 412)),
+    Route("DELETE", IMAGE, "delete_image", DELETE, gives="Removed", answers=(200, 404, 412)),
     Route("GET", BINARY, "download_binary", READ, WINDOW, gives="File",
           answers=(200, 206, 304, 404, 412, 416, 422), by_link=True, quick=True),
-    Route("POST", BINARY, "upload_form", WRITE, ("sha256", "validate"), "form", "Uploaded",
-          (200, 404, 409)),
-    Route("PUT", BINARY, "upload_file", WRITE, ("sha256", "validate"), "file", "Uploaded",
-          (200, 404, 409, 411)),
-    Route("DELETE", BINARY, "delete_binary", DELETE, gives="Result", answers=(200, 404)),
+    Route("POST", BINARY, "upload_form", WRITE, UPLOAD_QUERY, "form", "Uploaded",
+          (200, 404, 409, 412)),
+    Route("PUT", BINARY, "upload_file", WRITE, UPLOAD_QUERY, "file", "Uploaded",
+          (200, 404, 409, 411, 412)),
+    Route("DELETE", BINARY, "delete_binary", DELETE, gives="Result", answers=(200, 404, 412)),
     Route("POST", BINARY + "/link", "make_link", READ, (), "link", "Link", (200, 404)),
 )  # fmt: skip
 
@@ -2199,8 +2301,30 @@ def answer(
 ) -> bottle.HTTPResponse:
     """Return a JSON answer; a string is JSON already."""
     text = content if isinstance(content, str) else json.dumps(content, separators=(",", ":"))
-    headers = {"Content-Type": "application/json", **(headers or {})}
+    # Without no-store a cache may keep a 404 as long as it likes: RFC 9111, 4.2.2.
+    always = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+    headers = {**always, **(headers or {})}
     return bottle.HTTPResponse(text, status, headers)
+
+
+def attachment(image: Image, suffix: str) -> str:
+    """Return the Content-Disposition that calls a download by label and version."""
+    name = re.sub("[^A-Za-z0-9._+-]+", "_", f"{image.label}-{image.fw_version}")[:100]
+    return f'attachment; filename="{name}{suffix}"'
+
+
+def permit_by(environ: Mapping[str, Any]) -> Permit:
+    """Return what holds a request's conditions against an image that is to be changed."""
+
+    def permit(image: Image) -> None:
+        current = None
+        if image.confirmed:
+            current = Validators(f'"{image.sha256}"', last_modified(image.stored)[0])
+        require_conditions(environ, current)
+        if current and "HTTP_IF_NONE_MATCH" in environ and not matches_none(environ, current):
+            raise PreconditionFailed
+
+    return permit
 
 
 def as_service_error(error: bottle.HTTPError) -> ServiceError:
@@ -2212,6 +2336,71 @@ def as_service_error(error: bottle.HTTPError) -> ServiceError:
         allowed |= {"HEAD"} if "GET" in allowed else set()
         return MethodNotAllowed(headers={"Allow": ", ".join(sorted(allowed))})
     return ServiceError()
+
+
+def require_the_file(route: Route, environ: Mapping[str, Any]) -> None:
+    """Raise BadRequest or NotTheFile where the header says that the body is something else."""
+    if environ.get("HTTP_CONTENT_ENCODING", "").strip().lower() not in ("", "identity"):
+        accepted = {"Accept-Encoding": "identity"}
+        raise NotTheFile("The body is encoded: send it without Content-Encoding", accepted)
+    if route.takes not in ("form", "file"):
+        return
+    unknown = parse_query(environ).keys() - {*route.query}
+    if unknown:  # of a check that is mistyped the sender believes that it was made
+        raise BadRequest(f"Invalid query param supplied: this takes {' and '.join(route.query)}")
+    if "HTTP_CONTENT_RANGE" in environ:  # RFC 9110, 14.5; curl -C sends the rest of a file so
+        raise BadRequest("A part of a file cannot be stored: send all of it, without Content-Range")
+    kind = environ.get("CONTENT_TYPE", "").strip().lower()
+    if route.takes == "file" and kind.startswith("multipart/"):
+        raise NotTheFile("PUT takes the file as the body: send a form with POST")
+
+
+class Origins:
+    """What lets web pages of other origins use the API: the CORS protocol of the Fetch standard."""
+
+    ALLOWED = ("Access-Control-Allow-Headers",
+               "Authorization, Content-Type, Range, If-Match, If-None-Match, If-Range")  # fmt: skip
+    EXPOSED = ("Access-Control-Expose-Headers",
+               "Accept-Ranges, Content-Length, Content-Range, Content-Disposition, ETag, "
+               "Repr-Digest, X-Load-Address")  # fmt: skip
+
+    def __init__(self, allowed: str) -> None:
+        """Take the origin that may use all of the API, * for any, nothing for none."""
+        self._allowed = allowed
+
+    def _may_all(self, environ: Mapping[str, Any]) -> bool:
+        return self._allowed == "*" or environ.get("HTTP_ORIGIN", "") == self._allowed != ""
+
+    def headers(self, environ: Mapping[str, Any]) -> Headers:
+        """Return what lets a page read an answer; that to a signed link it always may."""
+        if is_signed_link(environ):
+            return [("Access-Control-Allow-Origin", "*"), self.EXPOSED]
+        vary = [("Vary", "Origin")] if self._allowed not in ("", "*") else []
+        if not self._may_all(environ):
+            return vary
+        return [("Access-Control-Allow-Origin", self._allowed), self.EXPOSED, *vary]
+
+    def preflight(self, environ: Mapping[str, Any], methods: str) -> Headers:
+        """Return what says which of a path's methods a page may use, nothing if none."""
+        wanted = environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD")
+        is_binary = environ["PATH_INFO"].endswith("/binary") and "PUT" in methods
+        if not wanted or "HTTP_ORIGIN" not in environ or not methods:
+            return []
+        allow = ("Access-Control-Allow-Methods", methods)
+        if self._may_all(environ):
+            return [*self.headers(environ), allow, self.ALLOWED]
+        if is_binary:
+            allow = (allow[0], "GET, HEAD")
+            return [("Access-Control-Allow-Origin", "*"), allow, self.ALLOWED]
+        return []
+
+
+def is_signed_link(environ: Mapping[str, Any]) -> bool:
+    method, path = environ.get("REQUEST_METHOD"), environ.get("PATH_INFO", "")
+    with contextlib.suppress(BadRequest):
+        reading = method in ("GET", "HEAD") and path.rstrip("/").endswith("/binary")
+        return reading and "signature" in parse_query(environ)
+    return False
 
 
 class Admission:
@@ -2226,11 +2415,12 @@ class Admission:
     def admit(self, route: Route, environ: dict[str, Any], names: Mapping[str, str]) -> None:
         """Let a request in, and note in environ who asks.
 
-        Raises Unauthorised, Forbidden, TooLarge, StorageFull.
+        Raises Unauthorised, Forbidden, BadRequest, NotTheFile, TooLarge, StorageFull.
         """
         caller = environ[CALLER] = self._caller(route, environ, names)
         if route.right not in caller.rights:
             raise Forbidden(route.right)
+        require_the_file(route, environ)
         announced = environ.get("CONTENT_LENGTH") or "0"
         # int() raises above 4,300 digits, and zeros in front are digits too.
         size = int(announced.lstrip("0")[:18] or 0) if announced.isdecimal() else 0
@@ -2269,17 +2459,37 @@ class Application:
         require_sound(self.catalogue)
         require_catalogue(self.catalogue, self.binaries)
         self.catalogue.disconnect()  # a server may fork now, and no connection may cross that
+        self._origins = Origins(settings.allow_origin)
         self._slow = {route.path for route in ROUTES if not route.quick}
         self._bottle = bottle.Bottle()
         self._bottle.default_error_handler = self._bottle_error
         for route in ROUTES:
+            # What has a path of its own is no id, whatever the method.
+            path = route.path.replace("<image_id>", f"<image_id:re:{OTHER_THAN_IDS}[^/]+>")
             guarded = self._guarded(route)
-            self._bottle.route(route.path, route.method, guarded, skip=True, route=route)
+            self._bottle.route(path, route.method, guarded, skip=True, route=route)
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         if ADMITTED not in environ:
             environ["PATH_INFO"] = self._route_path(environ.get("PATH_INFO", ""))
-        return self._bottle(environ, start_response)
+        more = self._origins.headers(environ)
+        if environ["REQUEST_METHOD"] == "OPTIONS" and (answer := self._preflight(environ)):
+            start_response("204 No Content", answer)
+            return []
+
+        def start(status: str, headers: Headers, *_: object) -> None:
+            start_response(status, headers + more)
+
+        return self._bottle(environ, start if more else start_response)
+
+    def _preflight(self, environ: dict[str, Any]) -> Headers:
+        """Return the headers of the answer to a preflight request, none if it is not to be one."""
+        try:
+            self._bottle.router.match(environ)
+        except bottle.HTTPError as error:
+            path_methods = as_service_error(error).headers.get("Allow", "")
+            return self._origins.preflight(environ, path_methods)
+        return []
 
     def close(self) -> None:
         self.catalogue.close()
@@ -2300,13 +2510,14 @@ class Application:
             keep = not last and request.keeps_open(int(status[:3]))
             return Answer.make(status, headers, body, request.version, keep)
         except Exception as error:
-            return self.refuse(error, request.command == "HEAD")
+            return self.refuse(error, request.command == "HEAD", request.environ)
 
-    def refuse(self, error: Exception, is_head: bool) -> Answer:
+    def refuse(self, error: Exception, is_head: bool, environ: Mapping[str, Any]) -> Answer:
         """Return the answer to what is no request, or whose body is of no use: the last one."""
         response = self.error_response(error)
         body = response.body.encode()
         headers = [*response.headerlist, ("Content-Length", str(len(body)))]
+        headers += self._origins.headers(environ)
         return Answer.make(response.status_line, headers, b"" if is_head else body, "1.1", False)
 
     # The way in, the same for all routes.
@@ -2371,9 +2582,7 @@ class Application:
             error = ServiceError()
         elif error.status in (500, 503) and not isinstance(error, MustWait):
             log.error("%s (%s)", error, error.__cause__)
-        # Without this a cache may keep a 404 as long as it likes: RFC 9111, 4.2.2.
-        headers = {"Cache-Control": "no-store", **error.headers}
-        return answer(error.body(), error.status, headers)
+        return answer(error.body(), error.status, error.headers)
 
     def _log(self, route: Route, environ: Mapping[str, Any], status: int, reason: str) -> None:
         """Log a request that changes something, or would have, and one whose token is refused."""
@@ -2456,17 +2665,35 @@ class Application:
 
     def latest_image(self, caller: Caller) -> bottle.HTTPResponse:
         """Show a label's image with the highest version that has a binary; 204: current has it."""
-        query = parse_query(bottle.request.environ)
-        if not {"label"} <= set(query) <= {"label", "current"} or not all(query.values()):
+        found = self._latest(caller, parse_query(bottle.request.environ), LATEST_QUERY)
+        return answer(found) if found else bottle.HTTPResponse(status=204)
+
+    def _latest(
+        self, caller: Caller, query: Mapping[str, str], allowed: tuple[str, ...]
+    ) -> str | None:
+        """Return the image that is asked for, None where the device has no older version."""
+        if not {"label"} <= set(query) <= set(allowed) or not all(query.values()):
             raise BadRequest
         found = self.catalogue.latest(caller.tenant, query["label"])
         if not found:
             raise NotFound("No image with this label has a binary")
-        version, key, shown = found
+        version, key, image = found
         current = query.get("current", "")
         if current and (semver_key(current) >= key if semver_key(current) else current == version):
+            return None
+        return image
+
+    def latest_binary(self, caller: Caller) -> bottle.HTTPResponse:
+        """Redirect to the binary of the image that /image/latest shows, by a link for an hour."""
+        query = parse_query(bottle.request.environ)
+        found = self._latest(caller, query, (*LATEST_QUERY, *WINDOW))
+        if not found:
             return bottle.HTTPResponse(status=204)
-        return answer(shown)
+        image = json.loads(found)
+        url, _ = self._link(caller, image["id"], image["sha256"], 3600)
+        window = {name: query[name] for name in WINDOW if name in query}
+        more = "&" + urllib.parse.urlencode(window) if window else ""
+        return answer(found, 307, {"Location": url + more})
 
     def show_image(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Show an image."""
@@ -2482,7 +2709,8 @@ class Application:
         if errors:
             raise FaultyImage(errors)
         label, fw_version = changes.get("label"), changes.get("fw_version")
-        self.catalogue.change(caller.tenant, image_id, label, fw_version)
+        permit = permit_by(bottle.request.environ)
+        self.catalogue.change(caller.tenant, image_id, label, fw_version, permit)
         return answer(self.catalogue.get_json(caller.tenant, image_id))
 
     # Binaries. Here the two stores meet, in an order that survives a power cut:
@@ -2493,13 +2721,14 @@ class Application:
 
     def delete_image(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Delete an image and its binary."""
-        removed = self.catalogue.remove(caller.tenant, image_id)
+        permit = permit_by(bottle.request.environ)
+        removed = self.catalogue.remove(caller.tenant, image_id, permit)
         self.catalogue.unless_confirmed(image_id, lambda: self.binaries.remove(image_id))
         return answer(f'{{"removed_image":{removed},"result":"ok"}}')
 
     def delete_binary(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Delete the binary; that there is none is no error, so that a retry succeeds."""
-        self.catalogue.clear(caller.tenant, image_id)
+        self.catalogue.clear(caller.tenant, image_id, permit_by(bottle.request.environ))
         self.catalogue.unless_confirmed(image_id, lambda: self.binaries.remove(image_id))
         return answer({"result": "ok"})
 
@@ -2530,8 +2759,10 @@ class Application:
                 raise BadRequest(f"The SHA-256 of what was received is {binary.sha256}")
             publish = functools.partial(self.binaries.publish, upload, image_id)
             withdraw = functools.partial(self.binaries.remove, image_id)
-            self.catalogue.confirm(caller.tenant, image_id, binary, publish, withdraw)
-        return answer({"image": image_id, "message": "image uploaded"})
+            permit = permit_by(bottle.request.environ)
+            self.catalogue.confirm(caller.tenant, image_id, binary, publish, withdraw, permit)
+        checked = binary.report is not None
+        return answer({"image": image_id, "message": "image uploaded", "checked": checked})
 
     def download_binary(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Download the binary or a range of it; format=bin gives the raw bytes of Intel HEX."""
@@ -2590,7 +2821,7 @@ class Application:
         """Open a binary as it was uploaded."""
         digest = base64.b64encode(bytes.fromhex(image.sha256)).decode()
         headers = {
-            "Content-Disposition": f'attachment; filename="{image.id}.hex"',
+            "Content-Disposition": attachment(image, ".hex"),
             "ETag": f'"{image.sha256}"',
             "Repr-Digest": f"sha-256=:{digest}:",
         }
@@ -2630,7 +2861,7 @@ class Application:
                 * (len(where) > 10)
             )
         headers = {
-            "Content-Disposition": f'attachment; filename="{image.id}.bin"',
+            "Content-Disposition": attachment(image, ".bin"),
             "ETag": f'"{image.sha256}-{start:x}-{end:x}-{fill:02x}"',
             "X-Load-Address": hex_address(start),
         }
@@ -2639,14 +2870,19 @@ class Application:
 
     def make_link(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Make a link that downloads the binary without a token until it expires."""
-        environ, seconds = bottle.request.environ, 3600
-        if (environ.get("CONTENT_LENGTH") or "").strip("0"):
-            seconds = parse_json(environ).get("expires_in", seconds)
+        seconds = parse_json(bottle.request.environ, default={}).get("expires_in", 3600)
         if type(seconds) is not int or not 1 <= seconds <= LONGEST_LINK:
             raise BadRequest(f"expires_in takes a whole number of seconds from 1 to {LONGEST_LINK}")
         image = self.catalogue.get(caller.tenant, image_id)
         if not image.confirmed:
             raise NoBinary
+        url, expires = self._link(caller, image_id, image.sha256, seconds)
+        moment = datetime.fromtimestamp(expires, timezone.utc)
+        return answer({"url": url, "expires": moment.isoformat(timespec="microseconds")})
+
+    def _link(self, caller: Caller, image_id: str, sha256: str, seconds: int) -> tuple[str, int]:
+        """Return a link to a binary, and when it expires: no later than the token behind it."""
+        environ = bottle.request.environ
         expires = int(min(time.time() + seconds, caller.expires))
         name = environ["SERVER_NAME"]
         name = f"[{name}]" if ":" in name else name
@@ -2655,14 +2891,22 @@ class Application:
             raise BadRequest("The Host header names no host")
         base = self.settings.public_url or f"{environ['wsgi.url_scheme']}://{host}"
         path = self._path("image", image_id, "binary")
-        moment = datetime.fromtimestamp(expires, timezone.utc)
-        shown = {"url": f"{base}{path}?{self.tokens.sign(image_id, image.sha256, expires)}"}
-        return answer({**shown, "expires": moment.isoformat(timespec="microseconds")})
+        return f"{base}{path}?{self.tokens.sign(image_id, sha256, expires)}", expires
 
 
-TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
+TEXT, WHOLE, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
 TIME = {**TEXT, "format": "date-time"}
-NAMES = {name: {**TEXT, "minLength": 1, "maxLength": 128} for name in LABELS}
+NAME = {**TEXT, "minLength": 1, "maxLength": 128, "pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}
+NAMES = dict.fromkeys(LABELS, NAME)
+DIGEST = {**TEXT, "pattern": "^[0-9a-fA-F]{64}$"}
+ADDRESSES = {**TEXT, "pattern": f"^({ADDRESS})$"}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    **NAMES, "confirmed": {**TEXT, "enum": ["true", "false"]}, "current": {**TEXT, "minLength": 1},
+    "limit": {**WHOLE, "minimum": 1, "maximum": 1000},
+    "offset": {**WHOLE, "minimum": 0, "maximum": 10**18},
+    "format": {**TEXT, "enum": ["bin"]}, "start": ADDRESSES, "end": ADDRESSES, "fill": ADDRESSES,
+    "sha256": DIGEST, "validate": {**TEXT, "enum": ["true", "false"]},
+}  # fmt: skip
 
 
 def schema(required: dict[str, Any], **others: Any) -> dict[str, Any]:
@@ -2671,23 +2915,25 @@ def schema(required: dict[str, Any], **others: Any) -> dict[str, Any]:
 
 SCHEMAS = {
     "Image": schema(
-        {"id": TEXT, **NAMES, "created": TIME, "confirmed": {"type": "boolean"}},
-        updated=TIME, size=WHOLE, sha256=TEXT, hex={"type": "object"},
+        {"id": TEXT, **NAMES, "created": TIME, "confirmed": FLAG},
+        updated=TIME, size=WHOLE, sha256=DIGEST, checked=FLAG, hex={"type": "object"},
     ),
     "Images": {"type": "array", "items": {"$ref": "#/components/schemas/Image"}},
     "Names": {"type": "array", "items": TEXT},
-    "Created": schema({"id": TEXT, "label": TEXT, "published_at": TIME, "url": TEXT}),
+    "Created": schema({"id": TEXT, "label": NAME, "published_at": TIME, "url": TEXT}),
     "Removed": schema({"result": TEXT, "removed_image": {"$ref": "#/components/schemas/Image"}}),
-    "Uploaded": schema({"image": TEXT, "message": TEXT}),
+    "Uploaded": schema({"image": TEXT, "message": TEXT, "checked": FLAG}),
     "Result": schema({"result": TEXT}),
     "Link": schema({"url": TEXT, "expires": TIME}),
     "Health": schema({"status": TEXT}),
     "Description": {"type": "object"},
     "Error": schema({"message": TEXT}, status=WHOLE, errors={"type": "object"}),
 }  # fmt: skip
-BODIES = {
-    "image": ("application/json", schema({}, **NAMES)),
-    "link": ("application/json", schema({}, expires_in={**WHOLE, "maximum": LONGEST_LINK})),
+EXPIRES_IN = {**WHOLE, "minimum": 1, "maximum": LONGEST_LINK}
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "image": ("application/json", schema(NAMES)),
+    "change": ("application/json", {**schema({}, **NAMES), "minProperties": 1}),
+    "link": ("application/json", schema({}, expires_in=EXPIRES_IN)),
     "form": ("multipart/form-data", schema({"image": {**TEXT, "format": "binary"}})),
     "file": ("application/octet-stream", {}),
 }
@@ -2699,22 +2945,26 @@ def describe_api(prefix: str) -> dict[str, Any]:
     for route in ROUTES:
         statuses = {500, 503, *route.answers}
         statuses |= {400} if route.query or route.takes != "nothing" else set()
-        statuses |= {413} if route.takes != "nothing" else set()
+        statuses |= {413, 415} if route.takes != "nothing" else set()
         statuses |= {401, 403} if route.right else set()
         statuses |= {507} if route.right in (WRITE, DELETE) else set()
+        query = [parameter(name, "query", name in route.needs) for name in route.query]
         operation: dict[str, Any] = {
             "operationId": route.handler,
             "summary": getattr(Application, route.handler).__doc__,
-            "parameters": [{"name": name, "in": "query", "schema": TEXT} for name in route.query],
+            "parameters": query,
             "responses": {str(status): response(route, status) for status in sorted(statuses)},
             "security": [{"token": []}] if route.right else [],
         }
         if "<image_id>" in route.path:
-            where = {"name": "image_id", "in": "path", "required": True, "schema": TEXT}
-            operation["parameters"].append(where)
+            operation["parameters"].append(parameter("image_id", "path", True))
         if route.takes in BODIES:
             kind, content = BODIES[route.takes]
-            operation["requestBody"] = {"content": {kind: {"schema": content}}}
+            required = route.takes != "link"
+            operation["requestBody"] = {
+                "content": {kind: {"schema": content}},
+                "required": required,
+            }
         path = route.path.replace("<", "{").replace(">", "}")
         paths.setdefault(path, {})[route.method.lower()] = operation
     return {
@@ -2727,6 +2977,11 @@ def describe_api(prefix: str) -> dict[str, Any]:
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def parameter(name: str, place: str, required: bool) -> dict[str, Any]:
+    kind = PARAMETERS.get(name, TEXT)
+    return {"name": name, "in": place, "required": required, "schema": kind}
 
 
 def response(route: Route, status: int) -> dict[str, Any]:
@@ -2959,7 +3214,8 @@ class Connection(asyncio.Protocol):
                     answer = yield from self._answer(request)
             except Exception as error:
                 is_head = (header or self._received).startswith(b"HEAD ")
-                answer = self._application.refuse(error, is_head)
+                environ = request.environ if request else {}
+                answer = self._application.refuse(error, is_head, environ)
             if not answer or self._lost:
                 if answer and isinstance(answer.body, Excerpt):
                     answer.body.close()

@@ -148,7 +148,10 @@ class Client(TestApp):
         response = super().do_request(request, *others, **named)
         method = "get" if request.method == "HEAD" else request.method.lower()
         for path in sorted(paths, key=lambda path: "{" in path):
-            if re.fullmatch(re.sub("{.*?}", "[^/]+", path), asked) and method in paths[path]:
+            if re.fullmatch(re.sub("{.*?}", "[^/]+", path), asked):
+                if method not in paths[path]:
+                    assert response.status_int in (204, 405)
+                    break
                 described = paths[path][method]["responses"][str(response.status_int)]
                 kinds = described.get("content", {response.content_type: None})
                 assert response.content_type in kinds or response.status_int in (204, 304)
@@ -276,6 +279,12 @@ def exchange(server, *requests, timeout=10):
         {"workers": 0},
         {"threads": 0},
         {"url_prefix": "/image"},
+        {"url_prefix": "/health"},
+        {"url_prefix": "health/fw"},
+        {"url_prefix": "/openapi.json"},
+        {"allow_origin": "bench.example.com"},
+        {"allow_origin": "https://bench.example.com/page"},
+        {"allow_origin": "https://a, https://b"},
         {"url_prefix": "a b"},
         {"public_url": "fw.example.com"},
         {"public_url": 'https://a"><'},
@@ -346,7 +355,7 @@ def test_settings_that_are_refused_do_not_show_a_secret(tmp_path):
     assert SECRET not in str(refused.value)
 
 
-@pytest.mark.parametrize("prefix", ["/images", "/image-manager", "/a/image", "fw"])
+@pytest.mark.parametrize("prefix", ["/images", "/image-manager", "/a/image", "/healthy", "fw"])
 def test_prefix_that_only_looks_like_a_path_of_the_api_is_fine(tmp_path, prefix):
     assert Settings(data=tmp_path, url_prefix=prefix).url_prefix == "/" + prefix.strip("/")
 
@@ -457,7 +466,8 @@ BAD_TOKENS = {
     "expired": sign({"service": "a", "exp": time.time() - 40}),
     "expired long ago": sign({"service": "a", "exp": 0}),
     "not yet valid": sign({"service": "a", "nbf": time.time() + 90}),
-    "exp a string": sign({"service": "a"}).replace("Bearer ", "Bearer x"),
+    "a character more": sign({"service": "a"}).replace("Bearer ", "Bearer x"),
+    "exp a string": forged(HS256, {"service": "a", "exp": "9999999999"}),
     "exp true": forged(HS256, {"service": "a", "exp": True}),
     "exp null": forged(HS256, {"service": "a", "exp": None}),
     "exp NaN": forged(HS256, {"service": "a", "exp": float("nan")}),
@@ -529,6 +539,17 @@ def test_secret_is_made_without_hard_links_too(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", no_links)
     assert image_manager.load_secret(tmp_path) == image_manager.load_secret(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["secret.key"]
+
+
+def test_secret_that_cannot_be_made_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, "I/O error")
+
+    for name in ("link", "replace"):
+        monkeypatch.setattr(os, name, fails)
+    with pytest.raises(CannotStart, match="make it readable"):
+        image_manager.load_secret(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"short\n", b"\xff" * 40])
@@ -1008,12 +1029,12 @@ def test_log_of_the_catalogue_shrinks_after_another_tools_long_read(client, app)
 def test_catalogue_says_what_was_removed_and_forgets_it_in_time(catalogue, monkeypatch):
     made = [catalogue.add("a", "label", "1")[0] for _ in range(3)]
     for image_id in made[:2]:
-        catalogue.remove("a", image_id)
+        catalogue.remove("a", image_id, lambda image: None)
     names = [f"{image_id}.hex" for image_id in made] + ["x.hex", f"{made[0]}.txt"]
     assert catalogue.strays(names) == dict(zip(names, (True, True, True, False, False)))
     with catalogue._transaction() as connection:
         connection.execute("UPDATE removed SET seq = 10000 WHERE seq = 2")
-    catalogue.remove("a", made[2])
+    catalogue.remove("a", made[2], lambda image: None)
     assert catalogue.strays(names) == dict(zip(names, (False, True, True, False, False)))
 
 
@@ -1176,11 +1197,17 @@ def test_the_life_of_an_image(client, app):
     content, _ = firmware()
     body, headers = form(content)
     uploaded = client.post(path + "/binary", body, headers)
-    assert uploaded.json == {"image": image_id, "message": "image uploaded"}
+    assert uploaded.json == {"image": image_id, "message": "image uploaded", "checked": True}
     stored = client.get(path).json
     report = stored.pop("hex")
     updated = stored.pop("updated")
-    assert stored == {**shown, "confirmed": True, "size": len(content), "sha256": sha256(content)}
+    assert stored == {
+        **shown,
+        "confirmed": True,
+        "size": len(content),
+        "sha256": sha256(content),
+        "checked": True,
+    }
     assert updated > shown["created"] and report["bytes"] == 1000
     assert client.get("/image/binary/").json == [f"{image_id}.hex"]
     assert client.get(path + "/binary").body == content
@@ -1210,9 +1237,10 @@ def test_every_path_works_with_and_without_a_slash_and_prefix(settings, prefix):
             for route in ROUTES:
                 path = base + route.path.replace("<image_id>", image_id)
                 if route.method == "GET":
-                    path_query = "?label=sensor" if route.handler == "latest_image" else ""
+                    path_query = "?label=sensor" if route.needs else ""
                     for slash in ("", "/"):
-                        assert client.get(path + slash + path_query).status_int == 200
+                        expected = next(status for status in route.answers if status in (200, 307))
+                        assert client.get(path + slash + path_query).status_int == expected
         made = client.post_json("/image", {"label": "a", "fw_version": "b"})
         assert made.headers["Location"] == made.json["url"] == f"{prefix}/image/{made.json['id']}"
         link = client.post(f"/image/{image_id}/binary/link").json["url"]
@@ -1227,9 +1255,9 @@ def test_every_path_works_with_and_without_a_slash_and_prefix(settings, prefix):
 def request_to(route, client, image_id, status=None, headers=None):
     """Make a request that a route would answer with success."""
     path = route.path.replace("<image_id>", image_id)
-    path += "?label=sensor" if route.handler == "latest_image" else ""
+    path += "?label=sensor" if route.needs else ""
     body, headers = b"", dict(headers or {})
-    if route.takes == "image":
+    if route.takes in ("image", "change"):
         body, kind = b'{"label": "sensor", "fw_version": "1"}', "application/json"
         headers["Content-Type"] = kind
     elif route.takes == "form":
@@ -1269,7 +1297,7 @@ def test_route_wants_its_right_and_no_other(route, client, app):
         assert response.headers["WWW-Authenticate"] == challenge
     assert client.as_("admin", "read").get(f"/image/{image_id}/binary").body == firmware()[0]
     client.as_("admin", route.right.removeprefix("image:"))
-    assert request_to(route, client, image_id).status_int in (200, 201)
+    assert request_to(route, client, image_id).status_int in (200, 201, 307)
 
 
 @pytest.mark.parametrize("route", GUARDED, ids=NAMES)
@@ -1284,7 +1312,7 @@ def test_route_shows_and_gives_nothing_to_another_tenant(route, client):
     assert client.as_("admin").get(f"/image/{image_id}").json == before
 
 
-def test_every_route_names_its_right_and_only_three_are_public():
+def test_every_route_names_its_right_and_only_two_are_public():
     public = {route.handler for route in ROUTES if route.right == image_manager.PUBLIC}
     assert public == {"health", "describe"}
     assert {route.right for route in GUARDED} == set(image_manager.RIGHTS)
@@ -1551,6 +1579,56 @@ def test_latest_of_equal_versions_is_the_one_created_last_whatever_the_clock_sai
     assert client.get("/image/latest?label=sensor").json["id"] == last
 
 
+@pytest.mark.parametrize("current", ["1.0.0+7", "1.0.0%2B7", "v1.0.0+7", "1.0.0+8", "1.1.0-a+7.b"])
+def test_version_may_be_pasted_into_a_query_with_its_plus(client, current):
+    """Else a device would be offered the very version that it runs, again and again."""
+    image_id = client.stored(fw_version="1.0.0+7")
+    client.get(f"/image/latest?label=sensor&current={current}", status=204)
+    client.get(f"/image/latest/binary?label=sensor&current={current}", status=204)
+    assert client.get("/image/latest?label=sensor&current=0.9.0+7").json["id"] == image_id
+
+
+def test_plus_is_a_blank_where_that_makes_no_version(client):
+    made = {version: client.stored(fw_version=version) for version in ("1.0.0+7", "1.0.0 7", "a b")}
+    for query, version in (("1.0.0+7", "1.0.0+7"), ("1.0.0%207", "1.0.0 7"), ("a+b", "a b")):
+        listed = client.get(f"/image?fw_version={query}").json
+        assert [image["id"] for image in listed] == [made[version]], query
+    client.get("/image/latest?label=a+b", status=404)
+
+
+def test_latest_binary_is_one_fixed_address_for_a_device(client, app):
+    content, data = firmware()
+    image_id = client.stored(content, fw_version="1.2.0")
+    response = client.get("/image/latest/binary?label=sensor&current=1.1.0", status=307)
+    assert response.json == client.get("/image/latest?label=sensor").json
+    assert response.headers["Cache-Control"] == "no-store"
+    link = response.headers["Location"]
+    assert link.startswith(f"http://localhost:80/image/{image_id}/binary?expires=")
+    left = int(re.search("expires=([0-9]+)", link)[1]) - time.time()
+    assert 3590 < left <= 3601
+    head = client.head("/image/latest/binary?label=sensor", status=307)
+    assert head.headers["Location"].startswith(link.partition("?")[0])
+    window = "format=bin&start=0x10&end=32&fill=0x00"
+    cut = client.get(f"/image/latest/binary?label=sensor&{window}", status=307).headers["Location"]
+    client.authorization = None
+    assert client.get(link).body == content
+    assert client.get(cut).body == data[16:32]
+    client.get("/image/latest/binary?label=sensor", status=401)
+    client.as_("admin", "write").get("/image/latest/binary?label=sensor", status=403)
+    client.as_("other").get("/image/latest/binary?label=sensor", status=404)
+    client.as_("admin").get("/image/latest/binary", status=400)
+    client.get("/image/latest/binary?label=sensor&colour=red", status=400)
+    client.get("/image/latest/binary?label=sensor&current=1.2.0", status=204)
+
+
+def test_link_to_the_latest_binary_does_not_outlive_the_token(client, app):
+    client.stored()
+    expires = int(time.time()) + 100
+    token = sign({"service": "admin", "exp": expires})
+    response = client.get("/image/latest/binary?label=sensor", {"Authorization": token}, status=307)
+    assert f"expires={expires}&" in response.headers["Location"]
+
+
 def test_latest_where_nothing_is_semver_is_the_last_created(client):
     for version in ("zz", "aa", "mm"):
         client.stored(b"x", label="a", fw_version=version)
@@ -1615,12 +1693,28 @@ def test_wrong_method_is_405_and_says_which_are_right(client, method, path, allo
         error(response, 405, "Method not allowed")
 
 
+@pytest.mark.parametrize("path", ["/image/latest", "/image/binary", "/image/latest/binary"])
+@pytest.mark.parametrize("method", ["PUT", "POST", "PATCH", "DELETE"])
+def test_paths_of_their_own_are_no_images(client, path, method):
+    response = client.request(path, method=method, status=405)
+    assert response.headers["Allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize(
+    "path", ["/image/binary/binary", "/image/latest/binary/link", "/image/latestt"]
+)
+def test_other_paths_that_begin_like_them_are_images_that_are_not_there(client, path):
+    asked = path.split("/")[2]
+    method = "POST" if path.endswith("link") else "GET"
+    error(client.request(path, method=method, status=404), 404, f"No such image: {asked}")
+
+
 def test_head_works_wherever_get_does(client):
     image_id = client.stored()
     for route in ROUTES:
         if route.method == "GET":
             path = route.path.replace("<image_id>", image_id)
-            path += "?label=sensor" if route.handler == "latest_image" else ""
+            path += "?label=sensor" if route.needs else ""
             got, head = client.get(path), client.head(path)
             assert head.status == got.status and head.body == b""
             assert head.headers["Content-Length"] == str(len(got.body))
@@ -1683,9 +1777,9 @@ def test_every_change_and_refusal_is_logged_in_one_line_with_nothing_secret(clie
         (b'--XyZ\r\nContent-Disposition: form-data; name="image"\r\n\r\nx\r\n--XyZ--\r\n', form(b"")[1], "Payload must contain a file"),
         (*form(b"x", name="file"), "File form does not have an image field"),
         (*form(b"x", filename=""), "Filename empty"),
-        (*form(b"x", filename="fw.bin"), "Invalid File"),
-        (*form(b"x", filename="hex"), "Invalid File"),
-        (*form(b"x", filename="fw.hex.exe"), "Invalid File"),
+        (*form(b"x", filename="fw.bin"), "Invalid File: its name must end in .hex"),
+        (*form(b"x", filename="hex"), "Invalid File: its name must end in .hex"),
+        (*form(b"x", filename="fw.hex.exe"), "Invalid File: its name must end in .hex"),
         (form(b"x")[0][:-9] + form(b"y")[0], form(b"")[1], "Payload must contain one file named image, not two"),
     ],
 )  # fmt: skip
@@ -1705,6 +1799,84 @@ def test_form_with_any_name_that_ends_in_hex_is_taken_and_the_name_is_no_path(cl
     client.post(f"/image/{image_id}/binary", extra + body, headers)
     assert client.get(f"/image/{image_id}/binary").body == b"content\r\n--Xy"
     assert folder_is_clean(app, image_id)
+
+
+NAMED_HEX = {
+    "extended": "filename*=utf-8''Ger%C3%A4t.hex",
+    "extended behind plain": "filename=\"a.txt\"; filename*=UTF-8''b.HEX",
+    "extended before plain": "filename*=UTF-8''b.hex; filename=\"a.txt\"",
+    "extended in Latin-1": "filename*=iso-8859-1'de'Ger%E4t.hex",
+    "extended in an unknown coding": "filename*=klingon''a%FF.hex",
+    "encoded word": 'filename="=?utf-8?B?R2Vyw6R0LmhleA==?="',
+    "encoded words": 'filename="=?iso-8859-1?q?Ger=E4t?= =?utf-8?q?=2Ehex?="',
+    "continued": 'filename*0="fw"; filename*1=".hex"',
+    "UTF-8": 'filename="Ger\xc3\xa4t.hex"',
+    "Latin-1": 'filename="Ger\xe4t.hex"',
+    "no coding at all": 'filename="\xff\xfe.hex"',
+    "quotes": 'filename="a\\"b.hex"',
+    "percent": 'filename="100%.hex"',
+    "no quotes": "filename=fw.hex",
+}
+NAMED_OTHERWISE = {
+    "extended wins": "filename=\"a.hex\"; filename*=UTF-8''b.txt",
+    "encoded word": 'filename="=?utf-8?B?YS50eHQ=?="',
+    "broken encoded word": 'filename="=?utf-8?B?x?="',
+    "Latin-1": 'filename="Ger\xe4t.txt"',
+}
+
+
+def named_form(disposition, *headers, content=b"x"):
+    lines = [
+        "--XyZ",
+        f'Content-Disposition: form-data; name="image"; {disposition}',
+        *headers,
+        "",
+        "",
+    ]
+    body = "\r\n".join(lines).encode("latin-1") + content + b"\r\n--XyZ--\r\n"
+    return body, {"Content-Type": "multipart/form-data; boundary=XyZ"}
+
+
+@pytest.mark.parametrize("disposition", NAMED_HEX.values(), ids=NAMED_HEX)
+def test_name_of_a_file_counts_by_its_ending_however_it_is_written(client, disposition):
+    client.post(f"/image/{client.create()}/binary", *named_form(disposition), status=200)
+
+
+@pytest.mark.parametrize("disposition", NAMED_OTHERWISE.values(), ids=NAMED_OTHERWISE)
+def test_other_ending_is_refused_however_it_is_written(client, disposition):
+    response = client.post(f"/image/{client.create()}/binary", *named_form(disposition), status=400)
+    error(response, 400, "Invalid File: its name must end in .hex")
+
+
+@pytest.mark.parametrize(
+    "header, status",
+    [
+        ("Content-Transfer-Encoding: base64", 400),
+        ("Content-Transfer-Encoding: quoted-printable", 400),
+        ("Content-Encoding: gzip", 400),
+        ("Content-Transfer-Encoding: Binary", 200),
+        ("Content-Transfer-Encoding: 8bit", 200),
+        ("Content-Transfer-Encoding: 7bit", 200),
+        ("Content-Encoding: identity", 200),
+    ],
+)
+def test_file_that_a_form_holds_encoded_is_refused(client, app, header, status):
+    image_id = client.create()
+    body = named_form('filename="a.hex"', header)
+    response = client.post(f"/image/{image_id}/binary", *body, status=status)
+    assert ("encoded" in response.json["message"]) == (status == 400)
+    assert folder_is_clean(app, *([image_id] if status == 200 else []))
+
+
+@pytest.mark.parametrize(
+    "query", ["?sha265=" + "0" * 64, "?SHA256=" + "0" * 64, "?validate=true&x", "?Validate=false"]
+)
+def test_check_that_is_mistyped_is_refused(client, app, query):
+    image_id = client.create()
+    response = client.upload(image_id, b"x", query, status=400)
+    error(response, 400, "Invalid query param supplied: this takes sha256 and validate")
+    client.post(f"/image/{image_id}/binary{query}", *form(b"x"), status=400)
+    assert folder_is_clean(app)
 
 
 def test_boundary_keeps_its_case(client):
@@ -1730,7 +1902,11 @@ def test_put_stores_the_body_and_so_does_an_empty_file(client):
     for content in (firmware(70000)[0], b"", b"\0" * 100):
         image_id = client.create()
         uploaded = client.upload(image_id, content)
-        assert uploaded.json == {"image": image_id, "message": "image uploaded"}
+        assert uploaded.json == {
+            "image": image_id,
+            "message": "image uploaded",
+            "checked": content[:1] == b":",
+        }
         assert client.get(f"/image/{image_id}/binary").body == content
         assert client.get(f"/image/{image_id}").json["size"] == len(content)
 
@@ -1763,7 +1939,11 @@ def test_same_bytes_again_succeed_and_other_bytes_are_refused(client, app):
     path = f"/image/{image_id}/binary"
     before = client.get(f"/image/{image_id}").json
     body, headers = form(content)
-    assert client.post(path, body, headers).json == {"image": image_id, "message": "image uploaded"}
+    assert client.post(path, body, headers).json == {
+        "image": image_id,
+        "message": "image uploaded",
+        "checked": True,
+    }
     client.upload(image_id, content)
     error(client.put(path, b"other", status=409), 409, "Binary already exists")
     assert client.get(f"/image/{image_id}").json == before
@@ -1851,7 +2031,7 @@ def test_download_carries_digest_tag_and_name(client):
     expected = {
         "Content-Type": "application/octet-stream",
         "Content-Length": str(len(content)),
-        "Content-Disposition": f'attachment; filename="{image_id}.hex"',
+        "Content-Disposition": 'attachment; filename="sensor-1.0.0.hex"',
         "ETag": f'"{sha256(content)}"',
         "Repr-Digest": f"sha-256=:{digest}:",
         "Accept-Ranges": "bytes",
@@ -1968,6 +2148,59 @@ def test_next_binary_has_a_later_date_whatever_the_clock_says(client, monkeypatc
     assert moments == sorted(set(moments))
 
 
+@pytest.mark.parametrize(
+    "date",
+    [
+        "Fri, 31 Dec 2100 23:59:59 +0000",
+        "Fri, 31 Dec 2100 23:59:59 -0500",
+        "Fri, 31 Dec 2100 23:59:59 EST",
+        "Fri, 31 Dec 2100 23:59:59",
+        "31 Dec 2100 23:59:59 GMT",
+        "2100-12-31T23:59:59Z",
+        "Fri, 41 Dec 2100 23:59:59 GMT",
+    ],
+)
+def test_what_is_no_http_date_is_ignored(client, date):
+    path = f"/image/{client.stored()}/binary"
+    assert client.get(path, {"If-Modified-Since": date}).status_int == 200
+    assert client.get(path, {"If-Range": date, "Range": "bytes=0-1"}).status_int == 200
+
+
+@pytest.mark.parametrize(
+    "label, version, name",
+    [
+        ("sensor", "1.2.0", "sensor-1.2.0"),
+        ("sensor", "1.2.0-rc.1+7", "sensor-1.2.0-rc.1+7"),
+        ("My sensor / B", "1 (test)", "My_sensor_B-1_test_"),
+        ("Gerät", "v1", "Ger_t-v1"),
+        ('a"; b=\\', "1", "a_b_-1"),
+        ("x" * 120, "y", "x" * 100),
+        ("日本", "語", "_-_"),
+    ],
+)
+def test_download_is_called_by_label_and_version(client, app, label, version, name):
+    image_id = client.stored(label=label, fw_version=version)
+    for query, suffix in (("", ".hex"), ("?format=bin", ".bin")):
+        header = client.get(f"/image/{image_id}/binary{query}").headers["Content-Disposition"]
+        assert header == f'attachment; filename="{name}{suffix}"'
+    assert folder_is_clean(app, image_id)  # where it has its id all the same
+
+
+def test_image_says_whether_its_binary_was_found_to_be_sound(client):
+    for content, query, checked in (
+        (firmware()[0], "", True),
+        (firmware()[0], "?validate=false", True),
+        (b"\x7fELF", "", False),
+        (firmware()[0][:-20], "?validate=false", False),
+    ):
+        image_id = client.create()
+        assert "checked" not in client.get(f"/image/{image_id}").json
+        assert client.upload(image_id, content, query).json["checked"] is checked
+        assert client.get(f"/image/{image_id}").json["checked"] is checked
+        listed = client.get("/image").json
+        assert [image["checked"] for image in listed if image["id"] == image_id] == [checked]
+
+
 @pytest.mark.parametrize("form_of_date", ["%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"])
 def test_dates_in_their_obsolete_forms_are_understood(client, form_of_date):
     image_id = client.stored()
@@ -2016,11 +2249,11 @@ def test_ranges(client, header, expected, query):
     assert head.headers["Content-Length"] == "1000" and head.status_int == 200
 
 
-def test_range_of_an_empty_binary_is_not_satisfiable(client):
-    image_id = client.stored(b"")
-    for header in ("bytes=0-", "bytes=0-0", "bytes=-1"):
-        response = client.get(f"/image/{image_id}/binary", {"Range": header}, status=416)
-        assert response.headers["Content-Range"] == "bytes */0"
+@pytest.mark.parametrize("header", ["bytes=0-", "bytes=0-0", "bytes=-1", "bytes=0-1048575"])
+def test_range_of_an_empty_binary_is_ignored(client, header):
+    """nginx asks for each slice of a file so, also for the first of one that has none."""
+    response = client.get(f"/image/{client.stored(b'')}/binary", {"Range": header}, status=200)
+    assert response.body == b"" and "Content-Range" not in response.headers
 
 
 @pytest.mark.parametrize("damage", ["missing", "too short", "too long"])
@@ -2052,6 +2285,72 @@ def test_binary_that_cannot_be_read_is_500_naming_the_image_and_the_reason(clien
     response = client.get(f"/image/{image_id}/binary", status=500)
     reason = f"The hex file of image {image_id} cannot be read (Is a directory)"
     error(response, 500, f"{reason}: upload the same file again to restore it")
+
+
+CHANGES = {
+    "PATCH": ("PATCH", "", b'{"label": "b"}'),
+    "DELETE": ("DELETE", "", b""),
+    "DELETE binary": ("DELETE", "/binary", b""),
+    "PUT": ("PUT", "/binary", b"stored"),
+    "POST": ("POST", "/binary", b"stored"),
+}
+
+
+def change(client, name, image_id, headers, **others):
+    method, path, body = CHANGES[name]
+    headers = dict(headers)
+    if method == "PATCH":
+        headers["Content-Type"] = "application/json"
+    if method == "POST":
+        body, kind = form(body)
+        headers |= kind
+    return client.request(
+        f"/image/{image_id}{path}", method=method, body=body, headers=headers, **others
+    )
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("stored", [True, False], ids=["with a binary", "without"])
+def test_change_is_made_only_where_its_conditions_hold(client, name, stored):
+    """One that somebody else has changed in between must not be deleted, or sent to devices."""
+    tag, before = f'"{sha256(b"stored")}"', email.utils.formatdate(time.time() - 9, usegmt=True)
+    fails = [{"If-Match": '"other"'}, {"If-Match": f"W/{tag}"}]
+    holds = [
+        {"If-Unmodified-Since": "yesterday"},
+        {"If-Unmodified-Since": before.replace("GMT", "+0000")},
+    ]
+    if stored:
+        fails += [{"If-Unmodified-Since": before}, {"If-None-Match": tag}, {"If-None-Match": "*"}]
+        holds += [{"If-Match": tag}, {"If-Match": f'"x", {tag}'}, {"If-Match": "*"}]
+        holds += [{"If-Match": tag, "If-Unmodified-Since": before}, {"If-None-Match": '"other"'}]
+    else:
+        fails += [{"If-Match": "*"}, {"If-Match": tag}]
+        holds += [{"If-Unmodified-Since": before}, {"If-None-Match": "*"}]
+    image_id = client.stored(b"stored") if stored else client.create()
+    shown = client.get(f"/image/{image_id}").json
+    for headers in fails:
+        response = change(client, name, image_id, headers, status=412)
+        error(response, 412, "The binary is not the one that the request's conditions ask for")
+        assert client.get(f"/image/{image_id}").json == shown
+    for headers in holds:
+        image_id = client.stored(b"stored") if stored else client.create()
+        change(client, name, image_id, headers, status=200)
+
+
+def test_condition_hides_no_other_error(client, settings):
+    failing = {"If-Match": '"other"'}
+    image_id = client.stored(b"stored")
+    change(client, "DELETE", "none", failing, status=404)
+    client.upload(image_id, b"other bytes", headers=failing, status=409)
+    client.upload(image_id, b":00\n", headers=failing, status=400)
+    kind = {"Content-Type": "application/json"}
+    client.request(
+        f"/image/{image_id}", method="PATCH", body=b"{}", headers={**failing, **kind}, status=400
+    )
+    client.authorization = None
+    change(client, "DELETE", image_id, failing, status=401)
+    change(client.as_("admin", "read"), "DELETE", image_id, failing, status=403)
+    change(client.as_("other"), "DELETE", image_id, failing, status=404)
 
 
 # ------------------------------------------------------------------------------------- routes: raw bytes
@@ -2095,7 +2394,7 @@ def test_window_of_raw_bytes(client, sparse, query, body, address):
     response = client.get(f"/image/{sparse}/binary?format=bin&{query}")
     assert response.body == body
     assert response.headers["X-Load-Address"] == address
-    assert response.headers["Content-Disposition"] == f'attachment; filename="{sparse}.bin"'
+    assert response.headers["Content-Disposition"] == 'attachment; filename="sensor-1.0.0.bin"'
     assert "Repr-Digest" not in response.headers
 
 
@@ -2285,6 +2584,145 @@ def test_link_takes_no_host_that_is_none(client, host):
     error(response, 400, "The Host header names no host")
 
 
+@pytest.mark.parametrize("body", [b'{"expires_in": 60}', b"", None])
+def test_link_takes_a_chunked_body_under_a_server_that_passes_it_on(client, body):
+    """Which says so by wsgi.input_terminated, and gives no length."""
+    image_id = client.stored()
+    extra = {"wsgi.input": io.BytesIO(body or b""), "CONTENT_TYPE": "application/json"}
+    if body is not None:
+        extra |= {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
+    answers = []
+    environ = {
+        **client.extra_environ,
+        "REQUEST_METHOD": "POST",
+        "SERVER_NAME": "x",
+        "SERVER_PORT": "1",
+    }
+    environ |= {"PATH_INFO": f"/image/{image_id}/binary/link", "wsgi.url_scheme": "http", **extra}
+    environ["HTTP_AUTHORIZATION"] = " ".join(client.authorization)
+    application = client.app.application
+    answer = b"".join(application(environ, lambda status, *_: answers.append(status)))
+    assert answers == ["200 OK"]
+    expires = datetime.fromisoformat(json.loads(answer)["expires"]).timestamp()
+    assert abs(expires - time.time() - (60 if body else 3600)) < 5
+
+
+# ------------------------------------------------------------------------------------- routes: pages of other origins
+
+PAGE, EXPOSED = (
+    "https://bench.example.com",
+    (
+        "Accept-Ranges, Content-Length, Content-Range, Content-Disposition, ETag, Repr-Digest, X-Load-Address"
+    ),
+)
+ASKING = {"Origin": PAGE, "Access-Control-Request-Method": "GET"}
+
+
+def origin_headers(response):
+    names = ("Access-Control-Allow-Origin", "Access-Control-Expose-Headers", "Vary")
+    assert "Access-Control-Allow-Credentials" not in response.headers
+    return tuple(response.headers.get(name) for name in names)
+
+
+def preflight(client, path, headers=ASKING, **others):
+    return client.request(path, method="OPTIONS", headers=headers, **others)
+
+
+def client_for(tmp_path, allow_origin):
+    return client_of(create_app(Settings(data=tmp_path, allow_origin=allow_origin)))
+
+
+@pytest.mark.parametrize("allowed", ["", PAGE, "https://other.example.com", "*"])
+def test_link_is_for_pages_of_any_origin(tmp_path, allowed):
+    client = client_for(tmp_path, allowed)
+    image_id = client.stored()
+    link = link_path(client, image_id)
+    client.authorization = None
+    for headers in ({"Origin": PAGE}, {"Origin": PAGE, "Range": "bytes=0-3"}, {}):
+        assert origin_headers(client.get(link, headers)) == ("*", EXPOSED, None)
+        assert origin_headers(client.head(link, headers)) == ("*", EXPOSED, None)
+    altered = link[:-1] + ("A" if link[-1] != "A" else "B")
+    assert origin_headers(client.get(altered, {"Origin": PAGE}, status=401)) == ("*", EXPOSED, None)
+    client.as_("admin").delete(f"/image/{image_id}")
+    client.authorization = None
+    assert origin_headers(client.get(link, {"Origin": PAGE}, status=404)) == ("*", EXPOSED, None)
+
+
+@pytest.mark.parametrize(
+    "allowed, others",
+    [("", (None, None, None)), (PAGE, (PAGE, EXPOSED, "Origin")), ("*", ("*", EXPOSED, None))],
+)
+def test_all_of_the_api_is_for_the_origin_that_is_allowed(tmp_path, allowed, others):
+    client = client_for(tmp_path, allowed)
+    headers, image_id = {"Origin": PAGE}, client.stored()
+    assert origin_headers(client.get("/image", headers)) == others
+    assert origin_headers(client.get("/health", headers)) == others
+    assert origin_headers(client.get(f"/image/{image_id}/binary", headers)) == others
+    assert origin_headers(client.get("/image/none", headers, status=404)) == others
+    assert origin_headers(client.get("/none", headers, status=404)) == others
+    assert origin_headers(client.get("/image?x", headers, status=400)) == others
+    assert origin_headers(client.delete(f"/image/{image_id}/binary", headers)) == others
+    client.authorization = None
+    assert origin_headers(client.get("/image", headers, status=401)) == others
+    elsewhere = client.get("/image", {"Origin": "https://other.example.com"}, status=401)
+    kept = ("*", EXPOSED, None) if allowed == "*" else (None, None, "Origin" if allowed else None)
+    assert origin_headers(elsewhere) == kept
+    assert origin_headers(client.get("/image", status=401)) == kept
+
+
+def test_refusal_on_the_header_can_be_read_by_the_page_that_sent_it(tmp_path):
+    with running(Settings(data=tmp_path, allow_origin=PAGE)) as server:
+        request = raw("PUT /image/x/binary", "Content-Length: 9", f"Origin: {PAGE}")
+        answer = exchange(server, request)
+        assert told(answer)[0] == 401
+        assert f"Access-Control-Allow-Origin: {PAGE}\r\n".encode() in answer
+
+
+ALLOWED = "Authorization, Content-Type, Range, If-Match, If-None-Match, If-Range"
+
+
+@pytest.mark.parametrize(
+    "allowed, path, expected",
+    [
+        ("", "/image/x/binary", ("*", "GET, HEAD")),
+        ("", "/image/x/binary/", ("*", "GET, HEAD")),
+        ("https://other.example.com", "/image/x/binary", ("*", "GET, HEAD")),
+        (PAGE, "/image/x/binary", (PAGE, "DELETE, GET, HEAD, POST, PUT")),
+        ("*", "/image/x/binary", ("*", "DELETE, GET, HEAD, POST, PUT")),
+        (PAGE, "/image", (PAGE, "GET, HEAD, POST")),
+        (PAGE, "/image/x", (PAGE, "DELETE, GET, HEAD, PATCH")),
+        (PAGE, "/image/latest/binary", (PAGE, "GET, HEAD")),
+        ("*", "/image/x/binary/link", ("*", "POST")),
+    ],
+)
+def test_preflight_names_the_methods_of_its_path(tmp_path, allowed, path, expected):
+    client = client_for(tmp_path, allowed)
+    client.authorization = None
+    response = preflight(client, path, status=204)
+    headers = response.headers
+    found = headers["Access-Control-Allow-Origin"], headers["Access-Control-Allow-Methods"]
+    assert found == expected and response.body == b""
+    assert headers["Access-Control-Allow-Headers"] == ALLOWED
+    assert headers.get("Vary") == ("Origin" if found[0] == PAGE else None)
+
+
+@pytest.mark.parametrize(
+    "allowed, path, headers, status",
+    [
+        ("", "/image", ASKING, 405),
+        ("", "/image/x", ASKING, 405),
+        ("", "/image/latest/binary", ASKING, 405),
+        ("https://other.example.com", "/image", ASKING, 405),
+        (PAGE, "/none", ASKING, 404),
+        ("*", "/image", {"Origin": PAGE}, 405),
+        ("*", "/image", {"Access-Control-Request-Method": "GET"}, 405),
+        ("", "/image/x/binary", {}, 405),
+    ],
+)
+def test_other_options_requests_are_refused(tmp_path, allowed, path, headers, status):
+    preflight(client_for(tmp_path, allowed), path, headers, status=status)
+
+
 # ------------------------------------------------------------------------------------- routes: OpenAPI
 
 
@@ -2305,6 +2743,48 @@ def test_openapi_describes_every_route_and_nothing_else(client):
     text = json.dumps(description)
     for name in re.findall('"#/components/schemas/(.*?)"', text):
         assert name in description["components"]["schemas"]
+
+
+def test_openapi_is_as_tight_as_the_service(client):
+    description = client.get("/openapi.json").json
+    paths, schemas = description["paths"], description["components"]["schemas"]
+
+    def parameters(path, method="get"):
+        return {each["name"]: each for each in paths[path][method]["parameters"]}
+
+    def body(path, method):
+        request = paths[path][method]["requestBody"]
+        (content,) = request["content"].values()
+        return request["required"], content["schema"]
+
+    latest = parameters("/image/latest")
+    assert latest["label"]["required"] and not latest["current"]["required"]
+    assert parameters("/image/latest/binary")["label"]["required"]
+    assert parameters("/image")["limit"]["schema"] == {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": 1000,
+    }
+    assert parameters("/image")["offset"]["schema"]["minimum"] == 0
+    assert parameters("/image")["confirmed"]["schema"]["enum"] == ["true", "false"]
+    assert parameters("/image/{image_id}/binary")["format"]["schema"]["enum"] == ["bin"]
+    assert all(each["required"] for each in parameters("/image/{image_id}").values())
+    for method in ("put", "post"):
+        upload = parameters("/image/{image_id}/binary", method)
+        assert upload["sha256"]["schema"]["pattern"] == "^[0-9a-fA-F]{64}$"
+        assert upload["validate"]["schema"]["enum"] == ["true", "false"]
+    required, create = body("/image", "post")
+    assert required and create["required"] == ["label", "fw_version"]
+    assert create["properties"]["label"]["minLength"] == 1
+    assert create["properties"]["label"]["maxLength"] == 128
+    assert not re.search(create["properties"]["label"]["pattern"], "a\x85b")
+    assert body("/image/{image_id}", "patch")[1]["minProperties"] == 1
+    required, link = body("/image/{image_id}/binary/link", "post")
+    assert not required and link["properties"]["expires_in"]["minimum"] == 1
+    assert body("/image/{image_id}/binary", "post")[1]["required"] == ["image"]
+    assert (
+        "checked" in schemas["Uploaded"]["required"] and "checked" in schemas["Image"]["properties"]
+    )
 
 
 # ------------------------------------------------------------------------------------- server: HTTP
@@ -2811,6 +3291,50 @@ def test_upload_without_a_length_ends_the_connection_and_its_body_is_no_request(
 def test_large_body_is_refused_on_the_header_wherever_it_goes(small, start, length, status):
     request = raw(start, f"Content-Length: {length}", bearer(small))
     assert told(exchange(small, request))[0] == status
+
+
+@pytest.mark.parametrize(
+    "start, headers, status, said",
+    [
+        ("PUT /image/x/binary", ["Content-Range: bytes 1000-1999/2000"], 400, "Content-Range"),
+        ("PUT /image/x/binary", ["Content-Type: multipart/form-data; boundary=x"], 415, "POST"),
+        ("PUT /image/x/binary", ["Content-Type: Multipart/Mixed"], 415, "POST"),
+        ("PUT /image/x/binary", ["Content-Encoding: gzip"], 415, "Content-Encoding"),
+        ("POST /image/x/binary", ["Content-Encoding: br"], 415, "Content-Encoding"),
+        ("POST /image", ["Content-Encoding: gzip"], 415, "Content-Encoding"),
+        ("PATCH /image/x", ["Content-Encoding: x"], 415, "Content-Encoding"),
+        ("PUT /image/x/binary?sha265=0", [], 400, "sha256"),
+    ],
+)
+def test_body_that_is_not_the_file_is_refused_on_its_header(small, start, headers, status, said):
+    request = raw(start, bearer(small), "Content-Length: 50000", "Expect: 100-continue", *headers)
+    answer = exchange(small, request)
+    assert told(answer)[0] == status and said in told(answer)[1]
+    assert (b"\r\nAccept-Encoding: identity\r\n" in answer) == (said == "Content-Encoding")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ["Content-Encoding: identity"],
+        ["Content-Type: application/x-www-form-urlencoded"],
+        ["Content-Type: text/plain"],
+        ["Content-Type: multipart"],
+    ],
+)
+def test_any_other_body_is_the_file(server, connection, headers):
+    image_id = connection.create()
+    request = raw(
+        f"PUT /image/{image_id}/binary",
+        bearer(server),
+        "Content-Length: 5",
+        *headers,
+        body=b"a=b&c",
+    )
+    with dial(server) as sock:
+        sock.sendall(request)
+        assert read_answer(sock)[0] == "HTTP/1.1 200 OK"
+    assert connection.ask("GET", f"/image/{image_id}/binary")[2] == b"a=b&c"
 
 
 @pytest.mark.parametrize("method, limit", [("PUT", 1_000_000), ("POST", 1_000_000 + 64 * KIB)])
@@ -3592,6 +4116,67 @@ def test_tools_download_and_resume(fleet, tmp_path, tool):
         assert ranged.stdout == content[10:20]
         run("curl", "-sS", "-f", "-C", "-", "-o", target, "-H", bearer, origin + path, check=True)
     assert target.read_bytes() == content
+
+
+@pytest.mark.parametrize("tool", ["curl -sSL", "wget -q -O -"])
+def test_tools_follow_the_fixed_address_to_the_latest_binary(fleet, tool):
+    server, _, path, content, token = fleet
+    if not shutil.which(tool.split()[0]):
+        pytest.skip(f"needs {tool.split()[0]}")
+    header = ["-H" if tool.startswith("curl") else "--header", f"Authorization: Bearer {token}"]
+    url = f"{server.url}/image/latest/binary?label=sensor&current=0.9.0+7"
+    server.application.catalogue.change("admin", path.split("/")[2], None, "99.0.0", lambda _: None)
+    done = run(*tool.split(), *header, url, check=True)
+    assert done.stdout == content
+
+
+def test_what_tools_send_that_is_not_the_file_is_not_stored(server, connection, tmp_path):
+    """A resumed upload, a form by PUT, an encoded body: each is a file that nobody meant."""
+    if not shutil.which("curl"):
+        pytest.skip("needs curl")
+    file = tmp_path / "fw.hex"
+    file.write_bytes(firmware(20_000)[0])
+    image_id = connection.create()
+    url = f"{server.url}/image/{image_id}/binary"
+    for options, status in (
+        (["-C", "1000", "-T", file], "400"),
+        (["-X", "PUT", "-F", f"image=@{file}"], "415"),
+        (["-T", file, "-H", "Content-Encoding: gzip"], "415"),
+        (["-T", file, "-H", 'If-Match: "other"'], "412"),
+        (["-F", f"image=@{file};encoder=base64"], "400"),
+    ):
+        words = [
+            "curl",
+            "-sS",
+            "-o",
+            tmp_path / "out",
+            "-w",
+            "%{http_code}",
+            "-H",
+            bearer(server),
+            *options,
+            url,
+        ]
+        assert run(*words, text=True).stdout == status, options
+        assert not json.loads(connection.ask("GET", f"/image/{image_id}")[2])["confirmed"]
+    assert folder_is_clean(server.application)
+    for options in (
+        ["-T", file],
+        ["-F", f"image=@{file}"],
+        ["-F", f"image=@{file};filename=Gerät.hex"],
+    ):
+        words = ["curl", "-sS", "--fail", "-H", bearer(server), *options, url]
+        assert b"image uploaded" in run(*words, check=True).stdout
+
+
+def test_what_requests_sends_as_a_form_is_not_stored_by_put(server, connection):
+    requests = pytest.importorskip("requests")
+    url = f"{server.url}/image/{connection.create()}/binary"
+    files = {"image": ("Gerät.hex", firmware()[0])}
+    headers = {"Authorization": f"Bearer {server.token()}"}
+    refused = requests.put(url, files=files, headers=headers)
+    assert refused.status_code == 415 and "POST" in refused.json()["message"]
+    assert requests.post(url, files=files, headers=headers).json()["checked"] is True
 
 
 def test_download_that_has_begun_ends_well_though_its_image_is_deleted(server, connection):
@@ -4805,7 +5390,7 @@ def test_bodies_are_spooled_in_the_folder_and_memory_stays_where_it_was(tmp_path
             peak = max(peak, memory(server.process.pid))
         assert (
             connection.getresponse().read()
-            == b'{"image":"%s","message":"image uploaded"}' % image_id.encode()
+            == b'{"image":"%s","message":"image uploaded","checked":false}' % image_id.encode()
         )
         peak = max(peak, memory(server.process.pid))
         connection.request("GET", f"/image/{image_id}/binary", headers=connection.headers)
