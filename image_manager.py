@@ -1769,7 +1769,8 @@ HTTP_DATE = re.compile(
 )
 JSON_WANTED = "Payload must be valid JSON, and Content-Type set accordingly"
 FORM_WANTED = "Payload must be valid multipart/form-data"
-ADDRESS = "[0-9]{1,18}|0[xX][0-9a-fA-F]{1,15}"
+ADDRESS = "[0-9]{1,18}|0[xX](?:[0-9a-fA-F]{1,8}|100000000)"
+BYTE = "[0-9]{1,18}|0[xX][0-9a-fA-F]{1,2}"
 
 
 # Patterns of RFC 9112 (3, 5, 7.1) and RFC 9110 (5.6.2); all take linear time whatever they meet.
@@ -2836,14 +2837,14 @@ class Application:
             raise BadRequest
         segments = self.catalogue.segments(image)
         asked = {
-            name: parse_number(query[name], 0, 0xFF if name == "fill" else 1 << 32, ADDRESS)
-            for name in ("start", "end", "fill")
+            name: parse_number(query[name], 0, 1 << 32, ADDRESS)
+            for name in ("start", "end")
             if name in query
         }
+        fill = parse_number(query.get("fill", "255"), 0, 0xFF, BYTE)
         if not segments:
             raise Unprocessable
         start, end = asked.get("start", segments[0][0]), asked.get("end", sum(segments[-1]))
-        fill = asked.get("fill", 0xFF)
         if start >= end and len(asked.keys() & {"start", "end"}) == 2:
             raise BadRequest
         pieces, offset = [], 0
@@ -2871,12 +2872,13 @@ class Application:
     def make_link(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Make a link that downloads the binary without a token until it expires."""
         seconds = parse_json(bottle.request.environ, default={}).get("expires_in", 3600)
-        if type(seconds) is not int or not 1 <= seconds <= LONGEST_LINK:
+        whole = type(seconds) in (int, float) and seconds == seconds // 1  # JSON has 60.0 for 60
+        if not whole or not 1 <= seconds <= LONGEST_LINK:
             raise BadRequest(f"expires_in takes a whole number of seconds from 1 to {LONGEST_LINK}")
         image = self.catalogue.get(caller.tenant, image_id)
         if not image.confirmed:
             raise NoBinary
-        url, expires = self._link(caller, image_id, image.sha256, seconds)
+        url, expires = self._link(caller, image_id, image.sha256, int(seconds))
         moment = datetime.fromtimestamp(expires, timezone.utc)
         return answer({"url": url, "expires": moment.isoformat(timespec="microseconds")})
 
@@ -2899,12 +2901,19 @@ TIME = {**TEXT, "format": "date-time"}
 NAME = {**TEXT, "minLength": 1, "maxLength": 128, "pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}
 NAMES = dict.fromkeys(LABELS, NAME)
 DIGEST = {**TEXT, "pattern": "^[0-9a-fA-F]{64}$"}
-ADDRESSES = {**TEXT, "pattern": f"^({ADDRESS})$"}
+ADDRESSES = {
+    "anyOf": [
+        {**WHOLE, "minimum": 0, "maximum": 1 << 32},
+        {**TEXT, "pattern": "^0[xX]([0-9a-fA-F]{1,8}|100000000)$"},
+    ]
+}
+BYTES = {"anyOf": [{**WHOLE, "minimum": 0, "maximum": 255},
+                   {**TEXT, "pattern": "^0[xX][0-9a-fA-F]{1,2}$"}]}  # fmt: skip
 PARAMETERS: dict[str, dict[str, Any]] = {
     **NAMES, "confirmed": {**TEXT, "enum": ["true", "false"]}, "current": {**TEXT, "minLength": 1},
     "limit": {**WHOLE, "minimum": 1, "maximum": 1000},
     "offset": {**WHOLE, "minimum": 0, "maximum": 10**18},
-    "format": {**TEXT, "enum": ["bin"]}, "start": ADDRESSES, "end": ADDRESSES, "fill": ADDRESSES,
+    "format": {**TEXT, "enum": ["bin"]}, "start": ADDRESSES, "end": ADDRESSES, "fill": BYTES,
     "sha256": DIGEST, "validate": {**TEXT, "enum": ["true", "false"]},
 }  # fmt: skip
 
