@@ -100,6 +100,7 @@ import os
 import queue
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -444,6 +445,9 @@ READ, WRITE, DELETE = RIGHTS = ("image:read", "image:write", "image:delete")
 LEEWAY = 30  # seconds that the clock of whoever made a token may be off
 LONGEST_LINK = 30 * 86400  # seconds
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f]")  # all of Unicode's category Cc
+# What PyJWT says of others has parts of the token in it.
+TOLD_REASONS = (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError, jwt.InvalidAudienceError,
+                jwt.InvalidIssuerError, jwt.MissingRequiredClaimError)  # fmt: skip
 UNCHECKED = ("verify_exp", "verify_nbf", "verify_iat", "verify_sub", "verify_jti")
 
 
@@ -579,8 +583,10 @@ class Tokens:
                 issuer=self._issuer or None,
                 options={**checks, **dict.fromkeys(UNCHECKED, False)},  # type: ignore[arg-type]
             )
-        except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
+        except TOLD_REASONS as error:
             raise self._invalid(error) from error
+        except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
+            raise self._invalid("it is no JSON Web Token that is taken here") from error
         claims = decoded["payload"]
         if "crit" in decoded["header"]:
             raise self._invalid("no extension that crit can name is understood here")
@@ -1781,12 +1787,12 @@ REQUEST_LINE = re.compile(
 HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*")
 TRANSFER_CODING = re.compile(rb"\r\ntransfer-encoding:([^\r]*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"(?:[\w.~%!$&'()*+,;=-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?", re.ASCII)
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~\x80-\xff]*)?")
+CHUNK_SIZE = re.compile(rb"0*([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 EMPTY_LINES = re.compile(rb"(?:\r\n)+")
-REQUEST_START = re.compile(METHOD + rb"|\r?\Z")
+REQUEST_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Z-]|\r?\Z")
 STRAY_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 Headers = list[tuple[str, str]]
-HEADER_LIMIT = 128 * KIB
+HEADER_LIMIT, HEADER_LINES_LIMIT = 128 * KIB, 500
 CHUNK_LINE_LIMIT = 8 * KIB  # bytes of the line before a chunk, and of one in the trailer
 
 
@@ -1814,8 +1820,10 @@ def header_size(received: bytearray, checked: int) -> int:
         return end + 2
     if not REQUEST_START.match(received) or STRAY_LINE_END.search(received, checked - 1):
         raise BadRequest("A request is lines that end in CR LF, the first with a method")
-    length = received.find(b"\r\n")
-    if length >= max(checked - 1, 0):  # the first line has just come to its end
+    length = received.find(
+        b"\r\n", 0, CHUNK_LINE_LIMIT
+    )  # a longer first line is read with the rest
+    if length >= max(checked - 1, 0):  # it has just come to its end
         parse_request_line(bytes(received[:length]))
     return 0
 
@@ -1839,6 +1847,8 @@ class Request(HTTPRequestParser):
         self.version = "1.0" if minor == b"0" else "1.1"
         if not HEADER_LINES.fullmatch(lines):
             raise BadRequest("A line of the header is not of the form Name: value")
+        if lines.count(b"\n") > HEADER_LINES_LIMIT:
+            raise ServiceError(f"The header has more than {HEADER_LINES_LIMIT} lines", status=431)
         if b"\t" in lines or b"   " in lines:  # blanks around a value mean nothing
             pairs = (line.partition(b":") for line in lines.splitlines())
             lines = b"".join(b"%b:%b\r\n" % (name, value.strip()) for name, _, value in pairs)
@@ -1886,12 +1896,14 @@ class Request(HTTPRequestParser):
             environ[name if known else "HTTP_" + name] = value
         return environ
 
-    def receive(self, received: bytearray, limit: int, folder: Path) -> Iterator[None]:
+    def receive(self, received: bytearray, limit: int, folder: Path) -> Iterator[bool]:
         """Take the body out of what is received, above JSON_LIMIT to a file in a folder.
 
-        Yields where more must come; raises BadRequest, TooLarge, StorageFull.
+        Yields True where more must come, False where others may have their turn; raises BadRequest,
+        TooLarge, StorageFull.
         """
-        self._limit, self._folder, self._size, self._overhead = limit, folder, 0, 0
+        self._limit, self._folder = limit, folder
+        self._size = self._lines = self._overhead = 0
         with full_disk_as_error():
             self._body = tempfile.SpooledTemporaryFile(JSON_LIMIT, dir=str(folder))
             self.environ["wsgi.input"] = self._body
@@ -1899,10 +1911,10 @@ class Request(HTTPRequestParser):
             self._body.seek(0)
         self.environ["CONTENT_LENGTH"] = str(self._size)
 
-    def _whole(self, received: bytearray) -> Iterator[None]:
+    def _whole(self, received: bytearray) -> Iterator[bool]:
         yield from self._store(received, self.content_length)
 
-    def _chunks(self, received: bytearray) -> Iterator[None]:
+    def _chunks(self, received: bytearray) -> Iterator[bool]:
         """Take a chunked body: RFC 9112, 7.1."""
         size = -1
         while size:
@@ -1916,28 +1928,31 @@ class Request(HTTPRequestParser):
         while (yield from self._line(received)):  # of the trailer
             pass
 
-    def _line(self, received: bytearray) -> Generator[None, None, bytes]:
+    def _line(self, received: bytearray) -> Generator[bool, None, bytes]:
         while (end := received.find(b"\n") + 1) == 0 and len(received) <= CHUNK_LINE_LIMIT:
-            yield
+            yield True
         line = bytes(received[:end])
         del received[:end]
-        self._overhead += end
-        if self._overhead > 8 * self._limit + JSON_LIMIT:
+        self._lines, self._overhead = self._lines + 1, self._overhead + end
+        if self._overhead > 8 * self._size + MIB:
             raise TooLarge(self._limit)
+        if self._lines % 500 == 0:
+            yield False
         if not line.endswith(b"\r\n") or b"\r" in line[:-2] or end > CHUNK_LINE_LIMIT:
             raise BadRequest("A line between chunks is too long, or does not end in CR LF")
         return line[:-2]
 
-    def _store(self, received: bytearray, size: int) -> Iterator[None]:
+    def _store(self, received: bytearray, size: int) -> Iterator[bool]:
         while size:
             if not received:
-                yield
+                yield True
             count = min(size, len(received))
             size -= count
             self._size += count
             if self._size > self._limit:
                 raise TooLarge(self._limit)
-            if self._size > JSON_LIMIT:  # what fits alone may fill the disk with others
+            # What fits alone may fill the disk together with others: look now and then.
+            if self._size // JSON_LIMIT > (self._size - count) // JSON_LIMIT:
                 require_space(self._folder, count)
             with memoryview(received)[:count] as block:
                 self._body.write(block)
@@ -2079,7 +2094,9 @@ def parse_query(environ: Mapping[str, Any]) -> dict[str, str]:
         return {}
     try:
         raw = environ["QUERY_STRING"].encode("latin-1").decode()
-        pairs = urllib.parse.parse_qsl(raw, keep_blank_values=True, errors="strict")
+        pairs = urllib.parse.parse_qsl(
+            raw, keep_blank_values=True, errors="strict", max_num_fields=20
+        )
     except ValueError as error:
         raise BadRequest from error
     query = dict(pairs)
@@ -3052,7 +3069,24 @@ class AccessLog:
         when = log_time(int(time.time()))
         line = f"{who} [{when}] {request} {status} {size or '-'} {referrer} {agent}\n"
         with contextlib.suppress(OSError):  # a full disk must not stop the answers
-            os.write(self._file, line.encode("latin-1"))
+            if self._path != "-" or has_room(self._file):
+                os.write(self._file, line.encode("latin-1"))
+
+
+def has_room(file: int) -> bool:
+    """Tell whether a line can be written without waiting, as for a pipe that nobody reads."""
+    try:
+        return bool(select.select([], [file], [], 0)[1])
+    except (OSError, ValueError):  # Windows asks this of sockets alone
+        return True
+
+
+class StandardError(logging.StreamHandler[Any]):
+    """Writes the log to standard error; where nobody reads that, lines are lost, and no time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if has_room(2):
+            super().emit(record)
 
 
 @functools.lru_cache(maxsize=4)
@@ -3113,11 +3147,13 @@ def client_address(peer: str, forwarded: str, trusted: tuple[Network, ...]) -> s
 #   loop    Connection._linger   after the last answer, reads on until the client has got it
 
 IDLE = 120  # seconds in which a client must send or take something
+LOOK = 1  # seconds from one look at whose time is over to the next
 LINGER = 10  # seconds to keep reading after the last answer, for
 LINGER_BYTES = 64 * MIB  # at most: closing with bytes unread would destroy the answer on its way
 GRACE = 30  # seconds that requests in flight may take to end
 SEND_BLOCK = 64 * KIB  # bytes of an answer that are read ahead of the client
-SENDFILE_BLOCK = MIB  # bytes that the system sends of a file in one call
+SENDFILE_BLOCK = MIB  # bytes that the system sends of a file in one call, of which a client takes
+SLOWEST = 2 * KIB  # at least, in a second
 ENDING = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 ]
@@ -3139,6 +3175,7 @@ class Connection(asyncio.Protocol):
         self._application, self._trusted = server.application, server.settings.trusted_proxy
         self._received = bytearray()
         self._half_closed = self._lost = self._blocked = False
+        self._sending: asyncio.Task[None] | None = None
         self._life = self._live()
         self.waits_for = ""
 
@@ -3153,12 +3190,6 @@ class Connection(asyncio.Protocol):
         transport.set_write_buffer_limits(0)  # resume_writing() comes when all is sent
         self._server.connections.add(self)
         self._step()
-        try:  # asyncio would only log that this socket cannot be watched, and leave it open
-            transport.pause_reading()
-            transport.resume_reading()
-        except OSError as error:
-            self._server.complain(error)
-            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -3178,7 +3209,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._blocked = False
-        self._go_on(ROOM)
+        self._loop.call_soon(self._go_on, ROOM)  # asyncio is still at what it calls this for
 
     def connection_lost(self, _: Exception | None) -> None:
         self._lost = True
@@ -3208,9 +3239,9 @@ class Connection(asyncio.Protocol):
         if self.waits_for == event:
             self._step(value)
 
-    def _touch(self, bytes_on_their_way: int = 0) -> None:
-        """Have the client's time begin anew; for what the system sends, it takes no less."""
-        self.deadline = self._loop.time() + IDLE * max(1, bytes_on_their_way / SEND_BLOCK)
+    def _touch(self, size: int = 0) -> None:
+        """Have the client's time begin anew, in which it is to take so many bytes of a file."""
+        self.deadline = self._loop.time() + max(IDLE, size / SLOWEST)
 
     def _live(self) -> Life:
         """Answer one request after the other, then close."""
@@ -3241,11 +3272,12 @@ class Connection(asyncio.Protocol):
     def _header(self) -> Generator[str, Any, bytes]:
         """Return the next header, nothing where the client sends no more."""
         received, checked = self._received, 0
+        self._touch()
         while True:
             if match := EMPTY_LINES.match(received):  # RFC 9112, 2.2
                 del received[: match.end()]
                 checked = 0
-            if not checked:  # the time for a header begins with its first byte
+            if received and not checked:  # the time for a header begins with its first byte
                 self._touch()
             if size := header_size(received, checked):
                 header = bytes(received[:size])
@@ -3269,10 +3301,14 @@ class Connection(asyncio.Protocol):
                 if request.expect_continue and not self._received:
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 folder = self._application.binaries.uploads
-                for _ in request.receive(self._received, limit, folder):
+                latest = self._loop.time() + IDLE * max(1, limit / SEND_BLOCK)
+                for starved in request.receive(self._received, limit, folder):
+                    if not starved:
+                        yield from self._turn()
+                        continue
                     if self._half_closed:
                         return None
-                    self._touch()
+                    self.deadline = min(self._loop.time() + IDLE, latest)
                     yield BODY
             last = self._server.stopping and not self._received
             quick = self._application.is_quick(request.command, request.path, request.query)
@@ -3285,7 +3321,7 @@ class Connection(asyncio.Protocol):
             return answer
 
     def _run_in_thread(self, request: Request, last: bool) -> None:
-        answer = self._application.answer(request, last)
+        answer = None if self._lost else self._application.answer(request, last)
         self._loop.call_soon_threadsafe(self._go_on, THREAD, answer)
 
     def _send(self, answer: Answer) -> Life:
@@ -3301,12 +3337,13 @@ class Connection(asyncio.Protocol):
             yield ROOM
 
     def _send_body(self, body: bytes | Excerpt) -> Life:
-        sending: asyncio.Task[None] | None = None
         content = io.BytesIO(body) if isinstance(body, bytes) else body
         try:
+            if self._blocked:
+                yield ROOM
             if isinstance(content, Excerpt) and content.in_one_piece():
-                sending = self._loop.create_task(self._sendfile(content))
-                sending.add_done_callback(lambda _: self._go_on(FILE))
+                self._sending = self._loop.create_task(self._sendfile(content))
+                self._sending.add_done_callback(lambda _: self._go_on(FILE))
                 yield FILE
             while block := content.read(SEND_BLOCK):
                 self.transport.write(block)
@@ -3317,8 +3354,8 @@ class Connection(asyncio.Protocol):
                 self._touch()
         finally:
             self._sent = content.tell()
-            if sending and sending.cancel():  # the system may still be at the file
-                sending.add_done_callback(lambda _: content.close())
+            if self._sending and self._sending.cancel():  # the system may still be at the file
+                self._sending.add_done_callback(lambda _: content.close())
             else:
                 content.close()
 
@@ -3334,7 +3371,12 @@ class Connection(asyncio.Protocol):
                 content.seek(sent, os.SEEK_CUR)
         except asyncio.SendfileNotAvailableError:
             pass
-        except (OSError, RuntimeError):  # the client has gone
+        except (OSError, RuntimeError, asyncio.CancelledError):  # the client has gone, or must go
+            self.transport.abort()
+
+    def abort(self) -> None:
+        """End the connection at once; the system must be stopped sending a file before."""
+        if not (self._sending and self._sending.cancel()):
             self.transport.abort()
 
     def _log(self, request: Request | None, answer: Answer) -> None:
@@ -3410,10 +3452,12 @@ class Server:
         accepting = self._loop.create_task(self._accept())
         while not self.stopping:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), 1)
+                await asyncio.wait_for(self._stop.wait(), LOOK)
             self._close(lambda connection: self._loop.time() > connection.deadline)
         for _ in range(10):  # turns in which who waits in the backlog, and what was sent, comes in
             await asyncio.sleep(0)
+        with contextlib.suppress(NotImplementedError):  # else a client may come in the meantime
+            self._loop.remove_reader(self._listener.fileno())
         accepting.cancel()
         await asyncio.gather(accepting, return_exceptions=True)
         if not self._shared:
@@ -3429,7 +3473,7 @@ class Server:
     def _close(self, which: Callable[[Connection], bool]) -> None:
         for connection in list(self.connections):
             if which(connection):
-                connection.transport.abort()
+                connection.abort()
 
     async def _accept(self) -> None:
         """Take clients while there is a place for them; the others wait in the backlog."""
@@ -3451,6 +3495,11 @@ class Server:
 
     async def _open(self, client: socket.socket) -> None:
         try:
+            # asyncio would only log that a socket cannot be watched, and leave it open. Windows's
+            # own loop watches none.
+            with contextlib.suppress(NotImplementedError):
+                self._loop.add_reader(client.fileno(), bool)
+                self._loop.remove_reader(client.fileno())
             await self._loop.connect_accepted_socket(lambda: Connection(self), client)
         except OSError as error:
             self.complain(error)
@@ -4053,7 +4102,10 @@ def main(arguments: list[str] | None = None) -> int:
         values |= {name: value for name, value in given.items() if name in names}
         others = {name: value for name, value in given.items() if name not in names}
         logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S%z"
+            level=logging.INFO,
+            format="%(asctime)s %(message)s",
+            datefmt="%Y-%m-%d %H:%M:%S%z",
+            handlers=[StandardError()],
         )
         return int(handler(Settings(**values), **others))
     except (CannotStart, ServiceError, OSError) as error:
