@@ -87,6 +87,7 @@ import email.utils
 import errno
 import functools
 import hashlib
+import heapq
 import hmac
 import http
 import io
@@ -113,7 +114,7 @@ import urllib.parse
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -654,22 +655,43 @@ class Tokens:
 
 
 # ------------------------------------------------------------------------------------- Intel HEX
-# After Intel's Hexadecimal Object File Format Specification, revision A of 1988.
+# After Intel's Hexadecimal Object File Format Specification, revision A of 1988. A reader goes
+# through the lines: those of one length that follow one another are checked and taken together, a
+# column of bytes at a time (_take_run), all others one by one (_take_line), which also finds the
+# fault of a run that is not sound. Runs of data that follow one another make a piece. The data come
+# out in the order of the file; where that is not the order of their addresses, or where pieces
+# overlap, extents() says in which order they belong.
 
-FIXED_SIZE = {1: 0, 2: 2, 3: 4, 4: 2, 5: 4}  # payload bytes of each record type but 0
-LONGEST_RECORD = 1 + 2 * (255 + 5) + 1  # characters, with the CR of a CRLF
-MOST_PIECES = 1 << 15  # of data that do not join on: a window's time grows with them
-MOST_WARNINGS = 20  # of a kind
-RUN = 16  # records of one length that are worth being placed together
-BLANK_LINES = re.compile(b"(?:\r?\n)+")
+# A file is read as Intel HEX where it begins with a colon, or a line looks like a record: one in
+# UTF-16 too, which is then refused.
+DETECTION_LIMIT = 64 * KIB
+FIRST_RECORD = re.compile(
+    rb"\A:|(?:\A(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?|[\r\n])\0?:\0?(?:[0-9A-Fa-f]\0?){10}"
+)
+UTF_16 = re.compile(rb"(?:\xff\xfe|\xfe\xff)?\0?:\0(?:[0-9A-Fa-f]\0){9}")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BLANKS = b" \t"
+NO_DIGIT = re.compile(b"[^0-9A-Fa-f]")
+END_RECORD = re.compile(rb":00[0-9A-Fa-f]{4}01[0-9A-Fa-f]{2}(?![0-9A-Fa-f])")
+PAYLOAD_SIZE = {1: 0, 2: 2, 3: 4, 4: 2, 5: 4}  # bytes, of the record types that have just one
+LONGEST_RECORD = 1 + 2 * (255 + 5)  # characters
+SHORTEST_RUN = 16  # records: below, one by one is as fast
+LONGEST_RUN_PAYLOAD = 250  # bytes: the sum of a record's bytes must fit 16 bits
+MAX_SEGMENTS = 1 << 18
+MAX_PIECES = 1 << 21  # before they are joined; putting them in order takes 100 MiB
+TOO_SCATTERED = (
+    f"The data lie in more separate places than can be checked: {MAX_SEGMENTS:,}, "
+    f"or {MAX_PIECES:,} as long as they are not in order"
+)
+MAX_WARNINGS = 40
 
 
 class HexFault(Exception):
-    """The first fault of a file: its line, and what is wrong with it."""
+    """Says why a file cannot be taken as Intel HEX: its first fault, in most cases."""
 
 
 class Extent(NamedTuple):
-    """A run of data: where it belongs, how long it is, where it stands in a stream or file."""
+    """A run of data: where it belongs, how long it is, where it stands in a file."""
 
     address: int
     size: int
@@ -677,281 +699,315 @@ class Extent(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a file says: extents in the order of their addresses, none overlapping."""
+    """What a file says."""
 
     records: int
-    bytes: int
+    bytes: int  # of data as they are written, those at one address counted each time
     start_address: int | None
-    extents: list[Extent]
+    segments: list[tuple[int, int]]  # address and size, adjacent ones joined
     warnings: list[str]
-
-    def segments(self) -> list[tuple[int, int]]:
-        """Return (address, size) of all data in the order of addresses, adjacent ones joined."""
-        return join_adjacent((extent.address, extent.size) for extent in self.extents)
 
     def report(self) -> dict[str, Any]:
         """Return the layout as clients see it."""
         start = self.start_address
-        named = [{"address": hex_address(at), "size": size} for at, size in self.segments()]
         return {
-            "records": self.records,
-            "bytes": self.bytes,
+            **self._asdict(),
             "start_address": None if start is None else hex_address(start),
-            "segments": named,
-            "warnings": self.warnings,
+            "segments": [{"address": hex_address(at), "size": size} for at, size in self.segments],
         }
+
+
+def looks_like_hex(begin: bytes) -> bool:
+    """Tell whether a file whose first DETECTION_LIMIT bytes are given is meant as Intel HEX."""
+    return FIRST_RECORD.search(begin) is not None
 
 
 def hex_address(address: int) -> str:
     return f"0x{address:08X}"
 
 
-def join_adjacent(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
+def join_adjacent(pieces: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield (address, size) of what pieces cover that come in the order of their addresses."""
+    begin = end = 0
     for address, size in pieces:
-        if joined and sum(joined[-1]) == address:
-            address, size = joined[-1][0], joined.pop()[1] + size
-        joined.append((address, size))
-    return joined
+        if address > end:
+            if end > begin:
+                yield begin, end - begin
+            begin = address
+        end = max(end, address + size)
+    if end > begin:
+        yield begin, end - begin
+
+
+def overlaps(pieces: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield what pieces cover again that come in the order of their addresses."""
+    reached = 0
+    for address, size in pieces:
+        if address < reached:
+            yield address, min(address + size, reached) - address
+        reached = max(reached, address + size)
+
+
+def record_fault(line: bytes) -> str:
+    """Return what is wrong with a record whose digits, length or checksum are."""
+    strange = NO_DIGIT.search(line, 1)
+    if strange:
+        return f"character {strange.start() + 1} is no hexadecimal digit"
+    count = int(line[1:3] or b"0", 16)
+    digits = 2 * (count + 5)
+    if len(line) - 1 < digits:
+        return "record is cut off"
+    if len(line) - 1 > digits:
+        return f"record is longer than the {count} bytes that it announces"
+    *summed, found = binascii.unhexlify(line[1:])
+    return f"checksum is {found:02X}, should be {-sum(summed) & 0xFF:02X}"
 
 
 class HexReader:
-    """Reads an Intel HEX file in pieces of any size; raises HexFault.
+    """Reads an Intel HEX file in blocks of any size.
 
-    feed() and finish() return the data bytes in the order of the file; then layout() tells where
-    they belong.
+    feed() and finish() return the data in the order of the file. They and layout() raise HexFault.
     """
 
     def __init__(self) -> None:
         self._rest = b""  # of a line that has not ended
-        self._line = self._records = self._bytes = 0
+        self._line = self._records = 0
         self._ended = False
-        self._base, self._span, self._limit = 0, 1 << 32, 1 << 32  # addresses wrap at the limit
+        # Addresses wrap at 4 GiB, but under a base of type 02 at 64 KiB from it.
+        self._base, self._wrap_to, self._limit = 0, 0, 1 << 32
+        self._linear_base = 0  # of the last record of type 04
         self._start_address: int | None = None
-        self._pieces: list[tuple[int, int]] = []  # (address, size) in the order of the file
-        self._wraps: list[str] = []
+        # Pieces of data that follow on, in the order of the file.
+        self._addresses, self._sizes = array.array("Q"), array.array("Q")
+        self._other_types: set[int] = set()
+        self._noted: set[str] = set()  # where there is text besides the records
+        self._warnings: list[str] = []
+        self._warned = 0
 
     def feed(self, block: bytes) -> bytes:
         """Take the next bytes of the file; return the data of the lines that end in them."""
-        lines, newline, rest = (self._rest + block).rpartition(b"\n")
-        self._rest = rest
-        if len(rest) > LONGEST_RECORD:
-            lines, newline = lines + newline + rest, b"\n"  # no record is so long: it is a fault
-        return self._take(lines) if newline else b""
+        text = self._rest + block
+        # A CR at the very end may be half of a line end.
+        end = max(text.rfind(b"\n"), text.rfind(b"\r", 0, len(text) - 1)) + 1
+        rest = text[end:]
+        # No record is longer. Of any other line it only matters whether it is blank.
+        begin, more = rest[: LONGEST_RECORD + 1], rest[LONGEST_RECORD + 1 :]
+        self._rest = begin + more[:-1].strip(BLANKS)[:1] + more[-1:]
+        return self._take(text[:end].splitlines())
 
     def finish(self) -> bytes:
         """Take the end of the file; return the data of a last line that has no line end."""
-        rest, self._rest = self._rest, b""
-        data = self._take(rest) if rest else b""
+        data = self._take(self._rest.splitlines())
         if not self._ended:
-            raise HexFault(f"line {max(self._line, 1)}: no end-of-file record")
+            raise self._fault("no end-of-file record")
         return data
 
     def layout(self) -> Layout:
-        extents, overlaps = settle(self._pieces)
-        twice = [
-            f"{size} bytes at {hex_address(address)} are written more than once: the last wins"
-            for address, size in overlaps
-        ]
-        warnings = []
-        for kind in (twice, self._wraps):
-            more = len(kind) - MOST_WARNINGS
-            warnings += kind[:MOST_WARNINGS] + [f"There are {more} more of these"] * (more > 0)
-        return Layout(self._records, self._bytes, self._start_address, extents, warnings)
+        """Return what the file says; to be called once, after finish()."""
+        order = self._order()
 
-    def _take(self, text: bytes) -> bytes:
-        """Take whole lines: all at once where no fault is in them, else one by one."""
-        newline = b"\r\n" if text.endswith(b"\r") else b"\n"
-        data = self._take_records(text.removesuffix(b"\r"), newline)
-        if data is None:  # once more without blank lines
-            filled = BLANK_LINES.sub(newline, b"\n" + text + b"\n")[len(newline) : -len(newline)]
-            data = self._take_records(filled, newline) if filled else b""
-        if data is not None:
-            self._line += text.count(b"\n") + 1
-            return data
-        return b"".join(self._place([self._check(line)]) for line in text.split(b"\n"))
+        def pieces() -> Iterator[tuple[int, int]]:
+            return ((self._addresses[number], self._sizes[number]) for number in order)
 
-    def _take_records(self, text: bytes, newline: bytes) -> bytes | None:
-        """Take lines that are all records; None if one of them needs a closer look."""
-        lines = text[1:].split(newline + b":")
-        few = len(self._pieces) + len(lines) <= MOST_PIECES  # else the limit's line is wanted
-        sound = text.startswith(b":") and not self._ended and few
-        checked = check_together(lines) if sound else {}
-        if not checked:
+        segments = list(join_adjacent(pieces()))
+        if len(segments) > MAX_SEGMENTS:
+            raise HexFault(TOO_SCATTERED)
+        for address, size in join_adjacent(overlaps(pieces())):
+            where = hex_address(address)
+            self._warn(f"{size} bytes at {where} are written more than once: the last wins")
+        more = self._warned - MAX_WARNINGS
+        warnings = self._warnings + [f"There are {more} more warnings"] * (more > 0)
+        written = sum(self._sizes)
+        return Layout(self._records, written, self._start_address, segments, warnings)
+
+    def has_raw_bytes(self) -> bool:
+        """Tell whether there are data, and they are all that is to be flashed."""
+        return bool(self._sizes) and not self._other_types
+
+    def is_in_order(self) -> bool:
+        """Tell whether the data are in the order of their addresses, none written twice."""
+        ends = map(operator.add, self._addresses, self._sizes)
+        return all(map(operator.le, ends, self._addresses[1:]))
+
+    def extents(self) -> Iterator[Extent]:
+        """Yield where in the order of the file the data stand that come next in the memory."""
+        offsets = array.array("Q", itertools.accumulate(self._sizes, initial=0))
+        order = self._order()
+        following = array.array("Q", (self._addresses[piece] for piece in order[1:]))
+        following.append(1 << 33)
+        covering: list[int] = []  # pieces that have begun, as negative numbers: the last wins
+        for piece, until in zip(order, following):
+            heapq.heappush(covering, -piece)
+            at = self._addresses[piece]
+            while covering and at < until:
+                last = -covering[0]
+                begin = self._addresses[last]
+                end = min(begin + self._sizes[last], until)
+                if end > at:
+                    yield Extent(at, end - at, offsets[last] + at - begin)
+                    at = end
+                else:
+                    heapq.heappop(covering)
+
+    def _order(self) -> Sequence[int]:
+        """Return the numbers of the pieces in the order of their addresses."""
+        return sorted(range(len(self._addresses)), key=self._addresses.__getitem__)
+
+    def _take(self, lines: list[bytes]) -> bytes:
+        runs = itertools.groupby(lines, len)
+        return b"".join([self._take_run(list(run)) for _, run in runs])
+
+    def _take_run(self, lines: list[bytes]) -> bytes:
+        """Take lines of one length; return their data."""
+        if len(lines) < SHORTEST_RUN:
+            return b"".join(map(self._take_line, lines))
+        data = self._take_data_records(lines)
+        if data is None:
+            half = len(lines) // 2
+            return self._take_run(lines[:half]) + self._take_run(lines[half:])
+        return data
+
+    def _take_data_records(self, lines: list[bytes]) -> bytes | None:
+        """Take sound data records of one length; None where one of them needs a closer look."""
+        count, length = len(lines), len(lines[0])
+        width = length // 2  # bytes of a record
+        size = width - 5
+        text = b"".join(lines)
+        if self._ended or not length % 2 or not 0 < size <= LONGEST_RUN_PAYLOAD:
             return None
-        runs = [(digits, len(list(run))) for digits, run in itertools.groupby(map(len, lines))]
-        if len(runs) > len(lines) // RUN:
-            return self._place(list(map(binascii.unhexlify, lines)))
-        data = []
-        used = dict.fromkeys(checked, 0)
-        for digits, count in runs:
-            begin, width = used[digits], digits // 2
-            used[digits] += width * count
-            raw = checked[digits][begin : used[digits]]
-            placed = self._place_run(raw, width) if count > RUN else None
-            if placed is None:
-                placed = self._place([raw[at : at + width] for at in range(0, len(raw), width)])
-            data.append(placed)
-        return b"".join(data)
-
-    def _check(self, line: bytes) -> bytes:
-        """Return the bytes of a line's record, none for a blank line; the plain way, for faults."""
-        self._line += 1
-        line = line.removesuffix(b"\r")
-        if not line:
-            return b""
-        if self._ended:
-            raise self._fault("data after the end-of-file record")
-        if not line.startswith(b":"):
-            raise self._fault("does not begin with a colon")
-        strange = re.search(b"[^0-9A-Fa-f]", line[1:])
-        if strange:
-            raise self._fault(f"character {strange.start() + 2} is no hexadecimal digit")
-        count = int(line[1:3] or b"0", 16)
-        digits = 2 * (count + 5)
-        if len(line) - 1 < digits:
-            raise self._fault("record is cut off")
-        if len(line) - 1 > digits:
-            raise self._fault(f"record is longer than the {count} bytes that it announces")
-        record = binascii.unhexlify(line[1:])
-        checksum = -sum(record[:-1]) & 0xFF
-        if record[-1] != checksum:
-            raise self._fault(f"checksum is {record[-1]:02X}, should be {checksum:02X}")
-        kind = record[3]
-        if kind > 5:
-            raise self._fault(f"record type {kind:02X} is none of 00 to 05")
-        if kind and count != FIXED_SIZE[kind]:
-            raise self._fault(f"type {kind:02X} has {count} bytes, not {FIXED_SIZE[kind]}")
-        return record
-
-    def _fault(self, reason: str) -> HexFault:
-        return HexFault(f"line {self._line}: {reason}")
-
-    def _place_run(self, raw: bytes, width: int) -> bytes | None:
-        """Do what _place() does, if these are data records of one width that join on."""
-        count, size = len(raw) // width, width - 5
-        begin = raw[1] << 8 | raw[2]
-        if not size or begin + count * size > 1 << 16 or any(raw[3::width]):
+        if text[::length] != b":" * count:
             return None
-        where = array.array("H", range(begin, begin + count * size, size))
+        try:
+            raw = binascii.unhexlify(text.replace(b":", b""))
+        except ValueError:  # what is no hexadecimal digit
+            return None
+        if len(raw) != width * count or raw[::width] != bytes([size]) * count or any(raw[3::width]):
+            return None
+        data, lanes, sums = bytearray(size * count), bytearray(2 * count), 0
+        for column in range(width):
+            values = raw[column::width]
+            # With 16 bits for each byte a column is one long number: all records add up at once.
+            lanes[::2] = values
+            sums += int.from_bytes(lanes, "little")
+            if 4 <= column < width - 1:
+                data[column - 4 :: size] = values
+        if any(sums.to_bytes(2 * count, "little")[::2]):
+            return None
+        lanes[::2], lanes[1::2] = raw[1::width], raw[2::width]
+        addresses = array.array("H", bytes(lanes))
         if sys.byteorder == "little":
-            where.byteswap()
-        offsets = bytearray(2 * count)
-        offsets[::2], offsets[1::2] = raw[1::width], raw[2::width]
-        if offsets != where.tobytes():
+            addresses.byteswap()
+        begin, end = addresses[0], addresses[0] + size * count
+        if self._base + max(addresses) + size > self._limit:
             return None
-        data = bytearray(count * size)
-        for column in range(size):
-            data[column::size] = raw[4 + column :: width]
+        if end <= 1 << 16 and addresses == array.array("H", range(begin, end, size)):
+            self._add_piece(self._base + begin, size * count)
+        else:
+            for address in addresses:
+                self._add_piece(self._base + address, size)
+        self._line += count
         self._records += count
-        self._note(self._base + begin, [data])
         return bytes(data)
 
-    def _place(self, records: list[bytes]) -> bytes:
-        """Note where the data of sound records belong; return the data."""
-        data: list[bytes] = []
-        begin, first, following = 0, 0, -1  # address, place in data and end of the piece at hand
-        for record in filter(None, records):
-            self._records += 1
-            if record[3]:
-                self._note(begin, data[first:])
-                first, following = len(data), -1
-                self._obey(record[3], int.from_bytes(record[4:-1], "big"))
-                continue
-            address = self._base + (record[1] << 8 | record[2])
-            if address != following:
-                self._note(begin, data[first:])
-                begin, first = address, len(data)
-            data.append(record[4:-1])
-            following = address + record[0]
-            if following > self._limit:
-                room, wrapped = self._limit - address, self._limit - self._span
-                data[-1:] = data[-1][:room], data[-1][room:]
-                self._note(begin, data[first:-1])
-                begin, first, following = wrapped, len(data) - 1, following - self._span
-                names = hex_address(address), hex_address(wrapped)
-                self._wraps.append("The record at {} wraps round to {}".format(*names))
-        self._note(begin, data[first:])
-        return b"".join(data)
+    def _take_line(self, line: bytes) -> bytes:
+        """Take any line; return the data of its record."""
+        self._line += 1
+        if self._line == 1 and line.startswith(BYTE_ORDER_MARK):
+            self._take_text(BYTE_ORDER_MARK)
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        if not self._records and UTF_16.match(line):
+            raise self._fault("the file is UTF-16: save it as plain text, ASCII or UTF-8")
+        if self._ended or not line.startswith(b":"):
+            self._take_text(line)
+            return b""
+        end = END_RECORD.match(line)
+        data = self._take_record(end[0] if end else line)
+        if end:
+            self._take_text(line[end.end() :])
+        return data
 
-    def _note(self, address: int, data: Iterable[bytes | bytearray]) -> None:
-        size = sum(map(len, data))
-        self._bytes += size
-        if size:
-            self._pieces[-1:] = join_adjacent([*self._pieces[-1:], (address, size)])
-        if len(self._pieces) > MOST_PIECES:
-            raise self._fault(f"more than {MOST_PIECES} separate pieces of data")
+    def _take_text(self, text: bytes) -> None:
+        """Take what is no record, and may be blank."""
+        if self._ended and text.startswith(b":"):
+            raise self._fault("a second file begins here")
+        if not text.strip(BLANKS):
+            return
+        if self._records and not self._ended:
+            raise self._fault("does not begin with a colon")
+        where = "behind the end-of-file" if self._ended else "before the first"
+        if where not in self._noted:
+            self._noted.add(where)
+            self._warn(f"Line {self._line}: what stands {where} record is not flashed")
+
+    def _warn(self, sentence: str) -> None:
+        self._warned += 1
+        if self._warned <= MAX_WARNINGS:
+            self._warnings.append(sentence)
+
+    def _take_record(self, line: bytes) -> bytes:
+        try:
+            record = binascii.unhexlify(line[1:])
+        except ValueError:
+            record = b""
+        if not record or len(record) != record[0] + 5 or sum(record) & 0xFF:
+            raise self._fault(record_fault(line))
+        count, kind, payload = record[0], record[3], record[4:-1]
+        if count != PAYLOAD_SIZE.get(kind, count):
+            raise self._fault(f"type {kind:02X} has {count} bytes, not {PAYLOAD_SIZE[kind]}")
+        self._records += 1
+        if kind:
+            self._obey(kind, int.from_bytes(payload, "big"))
+            return b""
+        self._add_data(self._base + int.from_bytes(record[1:3], "big"), count)
+        return payload
+
+    def _fault(self, reason: str) -> HexFault:
+        return HexFault(f"Corrupt Intel HEX: line {max(self._line, 1)}: {reason}")
+
+    def _add_data(self, address: int, size: int) -> None:
+        room = self._limit - address
+        if size > room:
+            self._add_piece(address, room)
+            address, size = self._wrap_to, size - room
+            begin, wrapped = hex_address(self._limit - room), hex_address(address)
+            self._warn(f"The record at {begin} wraps round to {wrapped}")
+        self._add_piece(address, size)
+
+    def _add_piece(self, address: int, size: int) -> None:
+        if self._sizes and self._addresses[-1] + self._sizes[-1] == address:
+            self._sizes[-1] += size
+        elif size:
+            self._addresses.append(address)
+            self._sizes.append(size)
+            if len(self._sizes) > MAX_PIECES:
+                raise HexFault(TOO_SCATTERED)
 
     def _obey(self, kind: int, value: int) -> None:
         """Do what a record says that is not data."""
         if kind == 1:
             self._ended = True
         elif kind == 2:
-            self._base, self._span = value << 4, 1 << 16
-            self._limit = self._base + self._span
-        elif kind == 3:
-            self._start_address = (value >> 16 << 4) + (value & 0xFFFF)  # CS and IP
+            if self._linear_base:
+                linear, segment = hex_address(self._linear_base), hex_address(value << 4)
+                reason = f"base {segment} of type 02 comes after {linear} of type 04"
+                self._warn(f"Line {self._line}: {reason}; some programs add the two")
+            self._base = self._wrap_to = value << 4
+            self._limit = self._base + (1 << 16)
         elif kind == 4:
-            self._base, self._span, self._limit = value << 16, 1 << 32, 1 << 32
-        else:
-            self._start_address = value
-
-
-def check_together(lines: list[bytes]) -> dict[int, bytes]:
-    """Return the bytes of records given as hexadecimal digits, by their number of digits.
-
-    Returns nothing if a record needs a closer look. Records of one length are checked together,
-    a column of them at a time; so are those placed that join on: 200 MB/s of text from real
-    files, 110 where lengths change all the time, against 45 one by one.
-    """
-    checked, ends = {}, 0
-    try:
-        for digits, group in itertools.groupby(sorted(lines, key=len), len):
-            rows = list(group)
-            count, width = len(rows), digits // 2
-            raw = binascii.unhexlify(b"".join(rows))
-            if digits % 2 or raw[::width] != bytes([width - 5]) * count:
-                return {}
-            # Adds up the bytes of each record modulo 256: a column is one long number, a record
-            # is a byte of it, and the highest bits are added apart so that nothing carries over.
-            low, high = (int.from_bytes(bytes([mask]) * count, "little") for mask in (0x7F, 0x80))
-            total = 0
-            for column in range(width):
-                value = int.from_bytes(raw[column::width], "little")
-                total = ((total & low) + (value & low)) ^ ((total ^ value) & high)
-            kinds = raw[3::width]
-            ends += kinds.count(1)
-            if total or any(FIXED_SIZE.get(kind) != width - 5 for kind in {*kinds} - {0}):
-                return {}
-            checked[digits] = raw
-    except ValueError:  # what is no hexadecimal digit, half a byte, or less than a record
-        return {}
-    return checked if ends <= (lines[-1][6:8] == b"01") else {}
-
-
-def settle(pieces: list[tuple[int, int]]) -> tuple[list[Extent], list[tuple[int, int]]]:
-    """Return what is left of each piece where later ones win, and (address, size) of overlaps."""
-    settled: list[Extent] = []
-    overlaps: list[tuple[int, int]] = []
-    offset = 0
-    for address, size in pieces:
-        end = address + size
-        first = bisect.bisect_left(settled, (address,))
-        if first and address < settled[first - 1].address + settled[first - 1].size:
-            first -= 1
-        last = bisect.bisect_left(settled, (end,), first)
-        kept = [Extent(address, size, offset)]
-        for old in settled[first:last]:
-            old_end = old.address + old.size
-            begin = max(address, old.address)
-            overlaps.append((begin, min(end, old_end) - begin))
-            if old.address < address:
-                kept.insert(0, old._replace(size=address - old.address))
-            if old_end > end:
-                kept.append(Extent(end, old_end - end, old.offset + end - old.address))
-        settled[first:last] = kept
-        offset += size
-    return settled, join_adjacent(overlaps)
+            self._base = self._linear_base = value << 16
+            self._wrap_to, self._limit = 0, 1 << 32
+        elif kind in (3, 5):
+            # A record of type 03 has the registers CS and IP of an 8086.
+            start = value if kind == 5 else (value >> 16 << 4) + (value & 0xFFFF)
+            last = self._start_address
+            if last not in (None, start):
+                reason = f"start address {hex_address(start)} comes after {hex_address(last)}"
+                self._warn(f"Line {self._line}: {reason}; the last one counts")
+            self._start_address = start
+        elif kind not in self._other_types:
+            self._other_types.add(kind)
+            reason = f"what records of type {kind:02X} hold is unknown"
+            self._warn(f"Line {self._line}: {reason}, so that there are no raw bytes")
 
 
 # ------------------------------------------------------------------------------------- catalogue
@@ -1031,10 +1087,13 @@ MIGRATIONS = (
         size INTEGER,
         sha256 TEXT,
         stored TEXT,  -- when the binary was, or the last one
-        report TEXT  -- of sound Intel HEX: the layout that clients see, as JSON
+        report TEXT,  -- of sound Intel HEX: the layout that clients see, as JSON
+        raw_size INTEGER  -- of the .bin, where there is one
     );
     INSERT INTO image SELECT seq, id, tenant, label, fw_version, precedence, created, updated,
-        confirmed, size, sha256, coalesce(stored, updated), report FROM image_1;
+        confirmed, size, sha256, coalesce(stored, updated), report,
+        (SELECT nullif(sum(json_extract(value, '$[1]')), 0) FROM json_each(segments))
+        FROM image_1;
     DELETE FROM sqlite_sequence WHERE name = 'image';
     INSERT INTO sqlite_sequence (name, seq)
         SELECT 'image', seq FROM sqlite_sequence WHERE name = 'image_1';
@@ -1057,9 +1116,10 @@ IMAGE_JSON = f"""CASE
     WHEN updated IS NULL THEN json_object({_ALWAYS} json('false'))
     ELSE json_object({_ALWAYS} json('false'), 'updated', updated) END"""
 WITH_REPORT = f"""CASE WHEN report IS NULL THEN {IMAGE_JSON}
+    WHEN length(report) > :longest THEN NULL
     ELSE rtrim({IMAGE_JSON}, '}}') || ',"hex":' || report || '}}' END"""
-COLUMNS = """id, tenant, confirmed, size, sha256, stored, report IS NOT NULL, updated, label,
-    fw_version"""
+COLUMNS = """id, tenant, confirmed, size, sha256, stored, report IS NOT NULL, raw_size, updated,
+    label, fw_version"""
 
 ONE = "FROM image WHERE id = :id AND tenant = :tenant"
 LATEST = f"""SELECT fw_version, precedence, {IMAGE_JSON} FROM image
@@ -1076,9 +1136,10 @@ CHANGE = """UPDATE image SET label = coalesce(:label, label), updated = :now,
     fw_version = coalesce(:fw_version, fw_version), precedence = coalesce(:precedence, precedence)
     WHERE id = :id AND tenant = :tenant"""
 CONFIRM = """UPDATE image SET confirmed = 1, size = :size, sha256 = :sha256, stored = :stored,
-    updated = :now, report = :report WHERE id = :id AND tenant = :tenant AND confirmed = 0"""
+    updated = :now, report = :report, raw_size = :raw_size
+    WHERE id = :id AND tenant = :tenant AND confirmed = 0"""
 CLEAR = """UPDATE image SET confirmed = 0, size = NULL, sha256 = NULL, report = NULL,
-    updated = :now WHERE id = :id AND tenant = :tenant AND confirmed = 1"""
+    raw_size = NULL, updated = :now WHERE id = :id AND tenant = :tenant AND confirmed = 1"""
 # The last of those whose files may still be there. More need not be known: the files of those
 # before are gone for good once so many transactions have been synced after their deletion.
 REMOVE = (
@@ -1087,12 +1148,13 @@ REMOVE = (
     "DELETE FROM removed WHERE seq <= last_insert_rowid() - 10000",
 )
 IN_USE = """SELECT id || '.hex' FROM image WHERE confirmed = 1
-    UNION ALL SELECT id || '.bin' FROM image WHERE confirmed = 1 AND report IS NOT NULL"""
-LEFT_OVER = """SELECT confirmed = 0 OR (:suffix = '.bin' AND report IS NULL) FROM image
+    UNION ALL SELECT id || '.bin' FROM image WHERE confirmed = 1 AND raw_size IS NOT NULL"""
+LEFT_OVER = """SELECT confirmed = 0 OR (:suffix = '.bin' AND raw_size IS NULL) FROM image
     WHERE id = :id UNION ALL SELECT 1 FROM removed WHERE id = :id"""
 
 
 PATIENCE = 10  # seconds that a write waits for other processes
+QUICK_REPORT, LONGEST_REPORT = 64 * KIB, 1 << 30  # characters
 PRAGMAS = (
     "journal_mode = WAL",
     "synchronous = FULL",
@@ -1118,6 +1180,7 @@ class Image(NamedTuple):
     sha256: str
     stored: str
     is_hex: int  # and sound
+    raw_size: int | None  # bytes of the .bin, where there is one
     updated: str
     label: str
     fw_version: str
@@ -1127,11 +1190,12 @@ Permit = Callable[[Image], None]  # raises an error where an image, as it is, mu
 
 
 class Binary(NamedTuple):
-    """What is recorded of a binary; a report, as JSON, for sound Intel HEX only."""
+    """What is recorded of a binary."""
 
     size: int
     sha256: str
-    report: str | None
+    report: str | None  # of sound Intel HEX: its layout, as JSON
+    raw_size: int | None  # bytes of the .bin, where there is one
 
 
 class Catalogue:
@@ -1148,6 +1212,7 @@ class Catalogue:
         """
         self._path, self._closed, self._make, self._place = path, False, make, (0, 0)
         self._thread = threading.local()
+        self._segments: dict[str, Segments] = {}  # of the last few binaries, by their digest
         self._own()
         CATALOGUES.add(self)
         try:
@@ -1204,8 +1269,11 @@ class Catalogue:
             connection.execute(f"PRAGMA user_version = {number}")
 
     def never_wait(self) -> None:
-        """Have this thread get MustWait at once where another process has locked the catalogue."""
+        """Have this thread get MustWait for what takes time, or where the catalogue is locked."""
         self._thread.waits = False
+
+    def _waits(self) -> bool:
+        return getattr(self._thread, "waits", True)
 
     def _open(self, waits: bool) -> sqlite3.Connection:
         self.require_in_place()
@@ -1230,7 +1298,7 @@ class Catalogue:
         if os.getpid() != self._process:
             self._inherited = self._idle  # not to be closed: they are the parent's
             self._own()
-        connection, waits = None, getattr(self._thread, "waits", True)
+        connection, waits = None, self._waits()
         try:
             # Another thread may take the last one between a test and the pop.
             with contextlib.suppress(IndexError):
@@ -1270,7 +1338,12 @@ class Catalogue:
 
     def _image_row(self, columns: str, tenant: str, image_id: str) -> Any:
         try:
-            row = self._row(f"SELECT {columns} {ONE}", tenant=tenant, id=image_id)
+            key = {
+                "tenant": tenant,
+                "id": image_id,
+                "longest": LONGEST_REPORT if self._waits() else QUICK_REPORT,
+            }
+            row = self._row(f"SELECT {columns} {ONE}", **key)
         except Damaged as error:
             message = f"The record of image {image_id} cannot be read: the log says why"
             raise Damaged(message) from error.__cause__
@@ -1318,12 +1391,20 @@ class Catalogue:
 
     def get_json(self, tenant: str, image_id: str, columns: str = IMAGE_JSON) -> str:
         """Return the image object; WITH_REPORT adds the layout of its Intel HEX."""
-        return str(self._image_row(columns, tenant, image_id)[0])
+        (found,) = self._image_row(columns, tenant, image_id)
+        if found is None:
+            raise MustWait
+        return str(found)
 
-    def segments(self, image: Image) -> list[tuple[int, int]]:
-        """Return (address, size) of the data of sound Intel HEX; nothing for any other file."""
-        row = self._row(f"SELECT report {ONE}", id=image.id, tenant=image.tenant)
-        return parse_segments(row[0]) if row and row[0] else []
+    def segments(self, image: Image) -> Segments:
+        """Return where the data of sound Intel HEX belong."""
+        known = self._segments.get(image.sha256)
+        if not known:
+            (report,) = self._image_row("report", image.tenant, image.id)
+            known = parse_segments(report)
+            others = list(self._segments.items())[-3:]  # the largest takes 6 MiB
+            self._segments = dict(others) | {image.sha256: known}
+        return known
 
     def tenant(self, image_id: str) -> str:
         """Return whose image it is; for signed links alone, which name no tenant."""
@@ -1499,10 +1580,32 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=disconnect_all)
 
 
-@functools.lru_cache(maxsize=16)
-def parse_segments(report: str) -> list[tuple[int, int]]:
+class Segments:
+    """Runs of data in the order of their addresses, as they stand one after the other in a file."""
+
+    def __init__(self, segments: Iterable[tuple[int, int]]) -> None:
+        """Take (address, size) of each."""
+        self.begins, self.ends, self.offsets = (array.array("Q") for _ in range(3))
+        offset = 0
+        for address, size in segments:
+            self.begins.append(address)
+            self.ends.append(address + size)
+            self.offsets.append(offset)
+            offset += size
+
+    def between(self, begin: int, end: int) -> Iterator[Extent]:
+        """Yield what lies between two addresses, cut to them."""
+        for index in range(bisect.bisect_right(self.ends, begin), len(self.ends)):
+            address = self.begins[index]
+            first, last = max(address, begin), min(self.ends[index], end)
+            if first >= last:
+                return
+            yield Extent(first, last - first, self.offsets[index] + first - address)
+
+
+def parse_segments(report: str) -> Segments:
     segments = json.loads(report)["segments"]
-    return [(int(segment["address"], 16), segment["size"]) for segment in segments]
+    return Segments((int(segment["address"], 16), segment["size"]) for segment in segments)
 
 
 def now_text() -> str:
@@ -1528,19 +1631,22 @@ LARGEST_READ = MIB  # of an excerpt; with BLOCK downloads of 1 MiB took 1.1 time
 
 
 class Excerpt:
-    """A read-only file: pieces of a stored file, the gaps between filled, cut to a range.
+    """A read-only file: what lies between two addresses, gaps filled, cut to a range.
 
     Made for a WSGI server's file wrapper: it ends where the range ends whatever the server does,
     and gives a block at a time, so that a window over a wide gap takes no memory.
     """
 
-    def __init__(self, file: io.FileIO, pieces: list[Extent], size: int, fill: bytes) -> None:
-        self._file, self._pieces, self._fill = file, pieces, fill
-        self._begin, self._at, self._end = 0, 0, size
+    def __init__(
+        self, file: io.FileIO, segments: Segments, start: int, end: int, fill: bytes = b""
+    ) -> None:
+        self._file, self._segments, self._start, self._fill = file, segments, start, fill
+        self._begin, self._at, self._end = start, start, end
 
     def narrow(self, begin: int, end: int) -> None:
         """Cut to the bytes from `begin` to before `end`."""
-        self._begin, self._at, self._end = begin, begin, end
+        self._begin = self._at = self._start + begin
+        self._end = self._start + end
 
     def seekable(self) -> bool:
         return True
@@ -1554,30 +1660,26 @@ class Excerpt:
 
     def in_one_piece(self) -> tuple[io.FileIO, int, int] | None:
         """Return file, offset and size of what is left, None if that is nothing or has gaps."""
-        index = bisect.bisect_right(self._pieces, self._at, key=operator.itemgetter(0)) - 1
-        address, length, offset = self._pieces[index] if index >= 0 else (0, 0, 0)
-        if not self._at < self._end <= address + length:
-            return None
-        return self._file, offset + self._at - address, self._end - self._at
+        extent = next(self._segments.between(self._at, self._end), None)
+        left = self._end - self._at
+        return (self._file, extent.offset, left) if extent and extent.size == left else None
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes: not more than LARGEST_READ, and none at the end only."""
-        left = min(self._end - self._at, LARGEST_READ, LARGEST_READ if size < 0 else size)
-        blocks = []
-        while left > 0:
-            index = bisect.bisect_right(self._pieces, self._at, key=operator.itemgetter(0)) - 1
-            address, length, offset = self._pieces[index] if index >= 0 else (0, 0, 0)
-            inside = self._at - address
-            if inside < length:
-                block = self._stored(offset + inside, min(left, length - inside))
-            else:
-                following = self._pieces[index + 1 : index + 2]
-                gap = following[0].address - self._at if following else left
-                block = self._fill * min(left, gap)
-            blocks.append(block)
-            self._at += len(block)
-            left -= len(block)
-        return b"".join(blocks)
+        left = max(self._end - self._at, 0)
+        size = min(left, LARGEST_READ, LARGEST_READ if size < 0 else size)
+        begin, self._at = self._at, self._at + size
+        extents = list(self._segments.between(begin, self._at))
+        stored = sum(extent.size for extent in extents)
+        data = self._stored(extents[0].offset, stored) if extents else b""
+        if stored == size:
+            return data
+        block, taken = bytearray(self._fill * size), 0
+        for extent in extents:
+            at = extent.address - begin
+            block[at : at + extent.size] = data[taken : taken + extent.size]
+            taken += extent.size
+        return bytes(block)
 
     def _stored(self, offset: int, size: int) -> bytes:
         if hasattr(os, "pread"):
@@ -1593,13 +1695,17 @@ class Excerpt:
         self._file.close()
 
 
-def joined_excerpt(file: io.FileIO, extents: list[Extent]) -> Excerpt:
-    """Return extents of a file one after the other, without the gaps."""
-    pieces, size = [], 0
+def read_extents(file: io.FileIO, extents: Iterable[Extent]) -> Iterator[bytes]:
+    """Yield the bytes of extents of a file one after the other, in blocks."""
+    block = bytearray()
     for extent in extents:
-        pieces.append(extent._replace(address=size))
-        size += extent.size
-    return Excerpt(file, pieces, size, b"")
+        file.seek(extent.offset)
+        for at in range(0, extent.size, BLOCK):
+            block += file.read(min(BLOCK, extent.size - at))
+            if len(block) >= BLOCK:
+                yield bytes(block)
+                block.clear()
+    yield bytes(block)
 
 
 class Upload:
@@ -1608,6 +1714,7 @@ class Upload:
     def __init__(self, folder: Path, limit: int, check: bool, require: bool) -> None:
         self._folder, self._limit, self._check, self._require = folder, limit, check, require
         self._hash, self._size = hashlib.sha256(), 0
+        self._begin: bytes | None = b""  # of the file, until it is enough to tell what it is
         self._reader: HexReader | None = None
         self._files: dict[str, io.BufferedWriter] = {}
         self.paths: dict[str, Path] = {}  # by the suffix they will have
@@ -1619,25 +1726,40 @@ class Upload:
 
     def write(self, block: bytes) -> None:
         """Take the next bytes; raises TooLarge, StorageFull, or BadRequest for a faulty file."""
-        if not self._size and block.startswith(b":"):
-            self._reader = HexReader()
-            self._create(".bin")
-        if not self._size and self._require and not self._reader:
-            raise BadRequest("Not an Intel HEX file")
         self._size += len(block)
         if self._size > self._limit:
             raise TooLarge(self._limit)
         self._hash.update(block)
         self._store(".hex", block)
-        if self._reader:
-            self._read(self._reader.feed, block)
+        if self._begin is None:
+            self._read(block)
+            return
+        self._begin += block
+        if len(self._begin) >= DETECTION_LIMIT:
+            self._recognise()
 
-    def _read(self, step: Callable[..., bytes], *block: bytes) -> None:
+    def _recognise(self) -> None:
+        begin, self._begin = self._begin or b"", None
+        if looks_like_hex(begin[:DETECTION_LIMIT]):
+            self._reader = HexReader()
+            self._create(".bin")
+            self._read(begin)
+        elif self._require:
+            raise BadRequest("Not an Intel HEX file")
+
+    def _read(self, block: bytes) -> None:
+        if self._reader:
+            with self._reading():
+                self._store(".bin", self._reader.feed(block))
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Refuse a file with a fault, or read no more of it where that is wished."""
         try:
-            self._store(".bin", step(*block))
+            yield
         except HexFault as fault:
             if self._check:
-                raise BadRequest(f"Corrupt Intel HEX: {fault}") from fault
+                raise BadRequest(f"{fault}; ?validate=false stores it unchecked") from fault
             self._reader = None
             self._drop(".bin")
 
@@ -1647,36 +1769,39 @@ class Upload:
 
     def finish(self) -> Binary:
         """Bring all of it to the disk; return what it is. Raises what write() does."""
-        if not self._size:
-            self.write(b"")
+        if self._begin is not None:
+            self._recognise()
+        report = raw_size = None
         if self._reader:
-            self._read(self._reader.finish)
-        layout = self._reader.layout() if self._reader else None
-        if layout:
-            self._put_in_order(layout.extents)
+            with self._reading():
+                self._store(".bin", self._reader.finish())
+                layout = self._reader.layout()
+                raw_size = self._put_in_order(self._reader, layout)
+                report = json.dumps(layout.report())
         for file in self._files.values():
             file.flush()
             sync(file.fileno())
             file.close()
-        report = json.dumps(layout.report()) if layout else None
         # The catalogue needs it in its log and in its table.
         require_space(self._folder, 3 * len(report or ""))
-        return Binary(self._size, self._hash.hexdigest(), report)
+        return Binary(self._size, self._hash.hexdigest(), report, raw_size)
 
-    def _put_in_order(self, extents: list[Extent]) -> None:
-        """Write the .bin anew where the file was not in the order of its addresses."""
-        ends = itertools.accumulate(extent.size for extent in extents)
-        if all(extent.offset + extent.size == end for extent, end in zip(extents, ends)):
-            return
-        self._files[".bin"].close()
-        unordered = self.paths[".bin"]
-        try:
-            self._create(".bin")
-            with open(unordered, "rb", buffering=0) as file:
-                for block in iter(joined_excerpt(file, extents).read, b""):
-                    self._store(".bin", block)
-        finally:
-            unordered.unlink()
+    def _put_in_order(self, reader: HexReader, layout: Layout) -> int | None:
+        """Have the .bin in the order of addresses; return its size, None if there is to be none."""
+        if not reader.has_raw_bytes():
+            self._drop(".bin")
+            return None
+        if not reader.is_in_order():
+            self._files[".bin"].close()
+            unordered = self.paths[".bin"]
+            try:
+                self._create(".bin")
+                with open(unordered, "rb", buffering=0) as file:
+                    for block in read_extents(file, reader.extents()):
+                        self._store(".bin", block)
+            finally:
+                unordered.unlink()
+        return sum(size for _, size in layout.segments)
 
     def _drop(self, suffix: str) -> None:
         try:
@@ -1775,6 +1900,7 @@ HTTP_DATE = re.compile(
 )
 JSON_WANTED = "Payload must be valid JSON, and Content-Type set accordingly"
 FORM_WANTED = "Payload must be valid multipart/form-data"
+LARGEST_WINDOW = 256 * MIB
 ADDRESS = "[0-9]{1,18}|0[xX](?:[0-9a-fA-F]{1,8}|100000000)"
 BYTE = "[0-9]{1,18}|0[xX][0-9a-fA-F]{1,2}"
 
@@ -2118,6 +2244,37 @@ def parse_number(text: str, low: int, high: int, form: str = "[0-9]{1,18}") -> i
     return value
 
 
+def parse_window(query: Mapping[str, str]) -> tuple[tuple[int | None, int | None], int]:
+    """Return start and end, None where not given, and fill of a window; raises BadRequest."""
+    if query.get("format") != "bin":
+        raise BadRequest
+    start, end = (
+        parse_number(query[name], 0, 1 << 32, ADDRESS) if name in query else None
+        for name in ("start", "end")
+    )
+    if start is not None and end is not None and start >= end:
+        raise BadRequest
+    return (start, end), parse_number(query.get("fill", "255"), 0, 0xFF, BYTE)
+
+
+def place_window(segments: Segments, start: int | None, end: int | None) -> tuple[int, int]:
+    """Return where a window begins and ends; raises Unprocessable if there is no data in it."""
+    start = segments.begins[0] if start is None else start
+    end = segments.ends[-1] if end is None else end
+    if end - start <= LARGEST_WINDOW and any(segments.between(start, end)):
+        return start, end
+    where = [
+        f"{hex_address(begin)} to {hex_address(end)}"
+        for begin, end in zip(segments.begins[:10], segments.ends)
+    ]
+    raise Unprocessable(
+        f"A window has at most {LARGEST_WINDOW} bytes, and some of the data in it. "
+        f"Choose it with start and end; the data are at {', '.join(where)}"
+        + f" and {len(segments.ends) - 10} more places"
+        * (len(segments.ends) > 10)
+    )
+
+
 def body_blocks(environ: Mapping[str, Any]) -> Iterator[bytes]:
     """Yield the body; raises BadRequest where it ends early, LengthRequired where it has no end."""
     length, stream = environ.get("CONTENT_LENGTH"), environ["wsgi.input"]
@@ -2248,7 +2405,6 @@ PUBLIC = ""  # in the place of a right: looks at no token
 # In environ: who asks, once that is known, and that they may.
 CALLER, ADMITTED = "image_manager.caller", "image_manager.admitted"
 SMALL_RANGE = 64 * KIB  # bytes that are read at once; more are sent from the open file
-LARGEST_WINDOW = 256 * MIB
 
 
 class Route(NamedTuple):
@@ -2844,47 +3000,29 @@ class Application:
             "Repr-Digest": f"sha-256=:{digest}:",
         }
         file = self.binaries.open(image.id, ".hex", image.size)
-        return Excerpt(file, [Extent(0, image.size, 0)], image.size, b""), image.size, headers
+        return Excerpt(file, Segments([(0, image.size)]), 0, image.size), image.size, headers
 
     def _window(
         self, image: Image, query: Mapping[str, str]
     ) -> tuple[Excerpt, int, dict[str, str]]:
         """Open the raw bytes between two addresses; raises BadRequest, Unprocessable."""
-        if query.get("format") != "bin":
-            raise BadRequest
-        segments = self.catalogue.segments(image)
-        asked = {
-            name: parse_number(query[name], 0, 1 << 32, ADDRESS)
-            for name in ("start", "end")
-            if name in query
-        }
-        fill = parse_number(query.get("fill", "255"), 0, 0xFF, BYTE)
-        if not segments:
+        wanted, fill = parse_window(query)
+        if not image.is_hex:
             raise Unprocessable
-        start, end = asked.get("start", segments[0][0]), asked.get("end", sum(segments[-1]))
-        if start >= end and len(asked.keys() & {"start", "end"}) == 2:
-            raise BadRequest
-        pieces, offset = [], 0
-        for address, size in segments:
-            begin, stop = max(address, start), min(address + size, end)
-            if begin < stop:
-                pieces.append(Extent(begin - start, stop - begin, offset + begin - address))
-            offset += size
-        if not pieces or end - start > LARGEST_WINDOW:
-            where = [f"{hex_address(at)} to {hex_address(at + size)}" for at, size in segments]
-            raise Unprocessable(
-                f"A window has at most {LARGEST_WINDOW} bytes, and some of the data in it. "
-                f"Choose it with start and end; the data are at {', '.join(where[:10])}"
-                + f" and {len(where) - 10} more places"
-                * (len(where) > 10)
+        segments = self.catalogue.segments(image)
+        if image.raw_size is None:
+            unknown = (
+                "It has records of other types than 00 to 05: what is to be flashed is unknown"
             )
+            raise Unprocessable(unknown if segments.ends else "The Intel HEX file has no data")
+        start, end = place_window(segments, *wanted)
         headers = {
             "Content-Disposition": attachment(image, ".bin"),
             "ETag": f'"{image.sha256}-{start:x}-{end:x}-{fill:02x}"',
             "X-Load-Address": hex_address(start),
         }
-        file = self.binaries.open(image.id, ".bin", offset)
-        return Excerpt(file, pieces, end - start, bytes([fill])), end - start, headers
+        file = self.binaries.open(image.id, ".bin", image.raw_size)
+        return Excerpt(file, segments, start, end, bytes([fill])), end - start, headers
 
     def make_link(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Make a link that downloads the binary without a token until it expires."""
@@ -3757,17 +3895,16 @@ def open_store(folder: Path) -> Iterator[tuple[Catalogue, BinaryStore]]:
         yield catalogue, BinaryStore(folder, make=False)
 
 
-def fault_of(image: Image, catalogue: Catalogue, binaries: BinaryStore) -> str | None:
+def fault_of(image: Image, binaries: BinaryStore) -> str | None:
     """Return what is wrong with an image's files, None if nothing is."""
     remedy = "upload the same file again, or restore it from a backup"
     try:
         with binaries.open(image.id, ".hex", image.size) as file:
             if digest_of(file) != image.sha256:
                 return f"damaged: the hex file of image {image.id} has other bytes: {remedy}"
-            if not image.is_hex:
+            if image.raw_size is None:
                 return None
-            size = sum(size for _, size in catalogue.segments(image))
-            with binaries.open(image.id, ".bin", size) as raw:
+            with binaries.open(image.id, ".bin", image.raw_size) as raw:
                 file.seek(0)
                 if not bin_matches_hex(raw, file, binaries.uploads):
                     return f"damaged: the bin file of image {image.id} has other bytes: {remedy}"
@@ -3794,8 +3931,8 @@ def bin_matches_hex(raw: io.FileIO, file: io.FileIO, uploads: Path) -> bool:
         for block in iter(functools.partial(file.read, BLOCK), b""):
             data.write(reader.feed(block))
         data.write(reader.finish())
-        joined = joined_excerpt(data, reader.layout().extents)
-        return all(raw.read(len(block)) == block for block in iter(joined.read, b""))
+        wanted = read_extents(data, reader.extents())
+        return all(raw.read(len(block)) == block for block in wanted)
 
 
 def verify_store(folder: Path, progress: Callable[[int, int], object]) -> tuple[int, list[str]]:
@@ -3812,7 +3949,7 @@ def verify_store(folder: Path, progress: Callable[[int, int], object]) -> tuple[
             found = {}
             for number, image in enumerate(images, 1):
                 progress(number, len(images))
-                found[image.id, image.stored] = fault_of(image, catalogue, binaries)
+                found[image.id, image.stored] = fault_of(image, binaries)
             still = {(image.id, image.stored) for image in catalogue.confirmed()}
         except Damaged as error:
             return 0, faults or [f"damaged: the catalogue ({error.__cause__})"]
@@ -3840,18 +3977,16 @@ def copy_file(source: Path, target: Path) -> None:
     shutil.copymode(source, target)
 
 
-def copy_binary(
-    image: Image, catalogue: Catalogue, source: BinaryStore, target: BinaryStore
-) -> str | None:
+def copy_binary(image: Image, source: BinaryStore, target: BinaryStore) -> str | None:
     """Copy the files of an image; return what is wrong with the copy, None if nothing is."""
     try:
-        for suffix in (".hex", ".bin") if image.is_hex else (".hex",):
+        for suffix in (".hex",) if image.raw_size is None else (".hex", ".bin"):
             target.path(image.id, suffix).unlink(missing_ok=True)
             copy_file(source.path(image.id, suffix), target.path(image.id, suffix))
     except OSError as error:
         if error.errno in FULL:
             raise
-    return fault_of(image, catalogue, target)
+    return fault_of(image, target)
 
 
 def copy_images(
@@ -3865,7 +4000,7 @@ def copy_images(
             images = snapshot.confirmed()
             for image in images:
                 if found.get(image, "to be copied"):
-                    found[image] = copy_binary(image, snapshot, binaries, copies)
+                    found[image] = copy_binary(image, binaries, copies)
             strays = snapshot.strays(copies.names())
         wrong = {image: fault for image in images if (fault := found[image])}
         if wrong.keys() <= set(catalogue.confirmed()):
@@ -3986,6 +4121,12 @@ def backup(settings: Settings, destination: Path) -> int:
     return 1 if faults else 0
 
 
+def parse_service(text: str) -> str:
+    if faults := text_faults(text):
+        raise argparse.ArgumentTypeError(f"takes 1 to 128 characters: {faults[0]}")
+    return text
+
+
 def parse_scope(text: str) -> list[str]:
     rights = [f"image:{word.strip()}" for word in text.split(",")]
     if not set(rights) <= set(RIGHTS):
@@ -4062,7 +4203,12 @@ def command_line() -> CommandLine:
                     command.add_setting(field.name)
         elif handler is token:
             add = functools.partial(command.add_argument, metavar="X")
-            add("--service", default="admin", help="tenant that the token is for (default: admin)")
+            add(
+                "--service",
+                type=parse_service,
+                default="admin",
+                help="tenant that the token is for (default: admin)",
+            )
             add("--scope", type=parse_scope, default=[], help="rights: read,write (default: all)")
             add("--expires", type=parse_lifetime, default=30 * 86400,
                 help="90s, 15m, 12h, 7d or never (default: 30d)")  # fmt: skip

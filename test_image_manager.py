@@ -21,6 +21,7 @@ import io
 import ipaddress
 import itertools
 import json
+import operator
 import os
 import random
 import re
@@ -52,6 +53,7 @@ import image_manager
 from image_manager import (
     ROUTES,
     BadRequest,
+    Binary,
     BinaryStore,
     CannotStart,
     Catalogue,
@@ -59,6 +61,8 @@ from image_manager import (
     Extent,
     HexFault,
     HexReader,
+    MustWait,
+    Segments,
     Settings,
     StorageFull,
     Tokens,
@@ -634,34 +638,41 @@ def test_public_key_without_cryptography_names_the_command(tmp_path, monkeypatch
 
 def read_hex(content, cuts=()):
     """Return (layout, {address: byte}) of a file fed in pieces."""
+    content = content.encode() if isinstance(content, str) else content
     reader = HexReader()
     edges = [0, *cuts, len(content)]
     data = b"".join(reader.feed(content[a:b]) for a, b in itertools.pairwise(edges))
     data += reader.finish()
-    layout = reader.layout()
-    placed = {
-        extent.address + at: data[extent.offset + at]
-        for extent in layout.extents
-        for at in range(extent.size)
-    }
+    layout, placed = reader.layout(), {}
+    for extent in reader.extents():
+        for at in range(extent.size):
+            assert extent.address + at not in placed
+            placed[extent.address + at] = data[extent.offset + at]
+    assert list(placed) == sorted(placed)
+    assert not reader.is_in_order() or data == bytes(placed.values())
     return layout, placed
 
 
 def model(content):
-    """Return {address: byte} as the plainest reader would place it."""
-    placed, base, mode = {}, 0, "linear"
-    for line in content.decode().split():
-        raw = bytes.fromhex(line[1:])
+    """Return {address: byte}, and how many records there are, as the plainest reader has it."""
+    placed, records, base, mode = {}, 0, 0, "linear"
+    for line in re.split("\r\n|\r|\n", content.decode("latin-1").removeprefix("\xef\xbb\xbf")):
+        if not line.startswith(":"):
+            continue
+        records += 1
+        raw = bytes.fromhex(line[1 : 11 + 2 * int(line[1:3], 16)])
         if raw[3] == 0:
             for at, byte in enumerate(raw[4:-1]):
                 offset = raw[1] * 256 + raw[2] + at
                 address = base + offset % 65536 if mode == "segment" else base + offset
                 placed[address % 2**32 if mode == "linear" else address] = byte
+        elif raw[3] == 1:
+            break
         elif raw[3] == 2:
             base, mode = int.from_bytes(raw[4:6], "big") * 16, "segment"
         elif raw[3] == 4:
             base, mode = int.from_bytes(raw[4:6], "big") * 65536, "linear"
-    return placed
+    return placed, records
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -687,8 +698,113 @@ def test_hex_in_lower_case_with_blank_lines_and_no_last_line_end_is_sound():
     assert read_hex(content + b"\n\n\r\n")[0].bytes == 100
 
 
+@pytest.mark.parametrize("line_end", ["\r", "\r\r\n", "\n  \n", "\r\n\t \r\n", "\n\n\n"], ids=repr)
+def test_hex_of_lines_that_end_in_any_way_with_blank_ones_between_is_sound(line_end):
+    content, data = firmware(5000)
+    lines = content.decode().split()
+    odd = line_end.join(lines).encode()
+    for content in (odd, odd + line_end.encode(), line_end.encode() + odd):
+        for cuts in ((), range(7, len(content), 41)):
+            layout, placed = read_hex(content, cuts)
+            assert bytes(placed.values()) == data and layout.records == len(lines)
+            assert layout.warnings == []
+
+
 def test_hex_of_nothing_but_its_end_is_sound():
-    assert read_hex(END.encode())[0].report()["segments"] == []
+    assert read_hex(END)[0].report()["segments"] == []
+
+
+SMALLEST = ":0400000001020304F2\n:00000001FF\n"
+BESIDE = {
+    "byte order mark": ("\ufeff" + SMALLEST, 1, "before the first"),
+    "text": ("; device = mm-control\n\n" + SMALLEST, 1, "before the first"),
+    "text behind blank lines": ("\n \nhello\nworld\n" + SMALLEST, 3, "before the first"),
+    "text on the line of the end": (SMALLEST[:-1] + ";PIC16F876\n", 2, "behind the end-of-file"),
+    "text after the end": (SMALLEST + "\n;PIC16F876\n;more", 4, "behind the end-of-file"),
+    "Ctrl-Z": (SMALLEST + "\x1a", 3, "behind the end-of-file"),
+    "NULs on the line of the end": (SMALLEST[:-1] + "\0" * 99, 2, "behind the end-of-file"),
+    "many NULs": (SMALLEST + "\0" * 2000, 3, "behind the end-of-file"),
+}
+
+
+@pytest.mark.parametrize("content, line, where", BESIDE.values(), ids=BESIDE)
+def test_hex_with_text_before_or_behind_is_sound_and_warns_with_the_line(content, line, where):
+    content = content.encode()
+    warning = f"Line {line}: what stands {where} record is not flashed"
+    for cuts in ((), range(1, len(content))):
+        layout, placed = read_hex(content, cuts)
+        assert bytes(placed.values()) == b"\1\2\3\4"
+        assert layout.warnings == [warning]
+
+
+def test_hex_with_blank_lines_before_it_warns_of_nothing():
+    assert read_hex("\n \t\n\r\n" + SMALLEST)[0].warnings == []
+
+
+@pytest.mark.parametrize(
+    "begin, is_hex",
+    [
+        (b":", True),
+        (b":nonsense", True),
+        (b"\n" + SMALLEST.encode(), True),
+        (b"; device = mm-control\r" + SMALLEST.encode(), True),
+        (b"\xef\xbb\xbf" + SMALLEST.encode(), True),
+        (SMALLEST.encode("utf-16-le"), True),
+        (SMALLEST.encode("utf-16-be"), True),
+        (SMALLEST.encode("utf-16"), True),
+        (("x\n" + SMALLEST).encode("utf-16-be"), True),
+        (b"", False),
+        (b"note: 0400000001020304F2", False),
+        (b" :0400000001020304F2", False),
+        (b"a\n:040000000", False),
+        (b"a\n:04000000G1020304F2", False),
+        (b"\x7fELF" + bytes(range(256)) * 200, False),
+        (random.Random(5).randbytes(65536), False),
+    ],
+    ids=repr,
+)
+def test_hex_is_recognised_by_a_line_that_is_a_record(begin, is_hex):
+    assert image_manager.looks_like_hex(begin) == is_hex
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_hex_in_utf_16_is_a_fault_that_says_so(coding):
+    for before, line in (("", 1), ("; x\n", 2)):
+        content = (before + SMALLEST).encode(coding)
+        for cuts in ((), range(1, len(content))):
+            with pytest.raises(HexFault, match=f"line {line}: the file is UTF-16: save it as"):
+                read_hex(content, cuts)
+
+
+def test_hex_records_of_other_types_are_checked_counted_and_named():
+    universal = "".join([record(4, 0, b"\0\1"), record(0x0A, 0, b"\x99\0\xc0\xde"),
+                         record(0, 0, b"abcd"), record(0x0D, 0, b"xyz") * 2,
+                         record(0x0B, 0), record(0xFD, 0, bytes(255)), END])  # fmt: skip
+    layout, placed = read_hex(universal)
+    assert bytes(placed.values()) == b"abcd" and layout.records == 8 and layout.bytes == 4
+    assert [warning.partition(" hold")[0] for warning in layout.warnings] == [
+        "Line 2: what records of type 0A", "Line 4: what records of type 0D",
+        "Line 6: what records of type 0B", "Line 7: what records of type FD",
+    ]  # fmt: skip
+    with pytest.raises(HexFault, match="line 2: checksum"):
+        read_hex(universal.replace("9900C0DE", "9900C0DF"))
+    with pytest.raises(HexFault, match="line 2: record is cut off"):
+        read_hex(universal.replace("9900C0DE", "9900C0"))
+
+
+@pytest.mark.parametrize("order", ["descending", "shuffled", "one word here, one there"])
+def test_hex_in_any_order_is_read(order):
+    rows = [record(0, at, at.to_bytes(4, "big") * 4) for at in range(0, 65536, 16)]
+    if order == "descending":
+        rows.reverse()
+    elif order == "shuffled":
+        random.Random(8).shuffle(rows)
+    else:
+        rows = rows[::2] + rows[1::2]
+    layout, placed = read_hex("".join([record(4, 0, b"\x08\0"), *rows, END]))
+    assert layout.segments == [(0x08000000, 65536)] and layout.warnings == []
+    wanted = b"".join(at.to_bytes(4, "big") * 4 for at in range(0, 65536, 16))
+    assert bytes(placed.values()) == wanted
 
 
 GOOD = record(0, 0, b"\1\2\3\4")
@@ -704,8 +820,11 @@ FAULTS = {
     "a space after": (GOOD[:-1] + " \n" + END, "line 1: character 20 is no hexadecimal digit"),
     "a comment": (GOOD[:-1] + "; x\n" + END, "line 1: character 20 is no hexadecimal digit"),
     "no digit": (":0G" + GOOD[3:] + END, "line 1: character 3 is no hexadecimal digit"),
-    "type 06": (GOOD + record(6, 0) + END, "line 2: record type 06 is none of 00 to 05"),
-    "type FF": (record(255, 0) + END, "line 1: record type FF is none of 00 to 05"),
+    "a colon within": (GOOD[:-3] + ":" + GOOD[-3:] + END, "line 1: character 18 is no hexadecimal"),
+    "type 06 with a digit too few": (
+        GOOD + record(6, 0)[:-2] + "\n" + END,
+        "line 2: record is cut",
+    ),
     "type 01 with data": (GOOD + record(1, 0, b"\1"), "line 2: type 01 has 1 bytes, not 0"),
     "type 02 too short": (record(2, 0, b"\1") + END, "line 1: type 02 has 1 bytes, not 2"),
     "type 03 too long": (record(3, 0, bytes(5)) + END, "line 1: type 03 has 5 bytes, not 4"),
@@ -713,11 +832,17 @@ FAULTS = {
     "type 05 too short": (record(5, 0, bytes(3)) + END, "line 1: type 05 has 3 bytes, not 4"),
     "no end": (GOOD + GOOD, "line 2: no end-of-file record"),
     "no end, no line end": (GOOD[:-1], "line 1: no end-of-file record"),
-    "data after the end": (END + GOOD, "line 2: data after the end-of-file record"),
-    "end twice": (GOOD + END + "\n" + END, "line 4: data after the end-of-file record"),
-    "CR alone": (GOOD.replace("\n", "\r") + END, "line 1: character 20 is no hexadecimal digit"),
-    "two CR": (GOOD.replace("\n", "\r\r\n") + END, "line 1: character 20 is no hexadecimal"),
+    "data after the end": (END + GOOD, "line 2: a second file begins here"),
+    "data behind text after the end": (END + ";x\n" + GOOD, "line 3: a second file begins here"),
+    "data on the line of the end": (END[:-1] + GOOD, "line 1: a second file begins here"),
+    "end twice": (GOOD + END + "\n" + END, "line 4: a second file begins here"),
+    "a digit behind the end": (GOOD + END[:-1] + "0\n", "line 2: record is longer than the 0"),
     "NUL": (GOOD + "\0\n" + END, "line 2: does not begin with a colon"),
+    "text between": (GOOD + "\n;x\n" + GOOD + END, "line 3: does not begin with a colon"),
+    "much text between": (
+        GOOD + " " * 999 + "x" + " " * 999,
+        "line 2: does not begin with a colon",
+    ),
     "no line end at all": (":" + "00" * 5000, "line 1: record is longer than the 0 bytes"),
 }
 
@@ -727,14 +852,16 @@ FAULTS = {
 def test_hex_fault_names_its_line_and_says_what_is_wrong(content, fault, around):
     content = GOOD * around + content
     if fault is None:
-        assert read_hex(content.encode())
+        assert read_hex(content)
         return
     line, _, reason = fault.removeprefix("line ").partition(":")
-    with pytest.raises(HexFault, match=re.escape(f"line {int(line) + around}:{reason}")):
-        read_hex(content.encode())
+    fault = f"^Corrupt Intel HEX: line {int(line) + around}:{re.escape(reason)}"
+    for cuts in ((), range(1, min(len(content), 5000))):
+        with pytest.raises(HexFault, match=fault):
+            read_hex(content, cuts)
 
 
-@pytest.mark.parametrize("place", range(60))
+@pytest.mark.parametrize("place", range(1, 60))  # without its colon the first line would be text
 def test_hex_with_one_wrong_character_anywhere_is_a_fault(place):
     content = bytearray(("".join([GOOD * 3, record(4, 0, b"\x10\0"), END])).encode())
     content[place] ^= 0x01
@@ -756,36 +883,40 @@ def test_hex_with_blank_lines_everywhere_is_read_and_its_lines_are_counted(newli
             read_hex(content + b":00\n" + last, cuts)
 
 
-def test_hex_read_together_and_one_by_one_is_the_same(monkeypatch):
-    """The fast way against the plain one, on layouts with everything in them, in random pieces."""
-    for seed in range(150):
-        rng = random.Random(seed)
-        lines = []
-        for _ in range(rng.randrange(1, 60)):
-            kind = rng.choice([0] * 12 + [2, 3, 4, 5])
-            size = {0: rng.choice([0, 1, 4, 16, 16, 16, 255]), 2: 2, 3: 4, 4: 2, 5: 4}[kind]
-            data = rng.randbytes(size)
-            if kind in (2, 4):
-                data = rng.choice([b"\0\0", b"\x10\0", b"\0\1", b"\xff\xff"])
-            lines.append(record(kind, rng.choice([0, 16, 32, 0xFFF8, rng.randrange(65536)]), data))
-        content = "".join(lines + [END]).encode()
-        cuts = sorted(rng.randrange(len(content)) for _ in range(rng.randrange(6)))
-        layout, placed = read_hex(content)
-        assert read_hex(content, cuts) == (layout, placed)
-        assert placed == model(content)
-        assert layout.bytes == sum(len(line) // 2 - 6 for line in lines if line[7:9] == "00")
-        addresses = sorted(placed)
-        joined = [a for a in addresses if a - 1 not in placed]
-        assert [address for address, _ in layout.segments()] == joined
-        assert sum(size for _, size in layout.segments()) == len(addresses)
-        with monkeypatch.context() as slow:
-            slow.setattr(image_manager, "check_together", lambda lines: {})
-            assert read_hex(content) == (layout, placed)
+@pytest.mark.parametrize("seed", range(150))
+def test_hex_is_read_as_the_plainest_reader_reads_it(seed):
+    """With everything in it that may be in a file: line ends, types, orders, text around."""
+    rng = random.Random(seed)
+    rows, bank = [], [0, 16, 32, 0xFFF8, 0xFFFE, rng.randrange(65536)]
+    for _ in range(rng.randrange(1, 40)):
+        kind = rng.choice([0] * 12 + [2, 3, 4, 5, 0x0A, 0xFD])
+        size = {0: rng.choice([0, 1, 4, 16, 16, 255]), 2: 2, 3: 4, 4: 2, 5: 4}.get(kind, 3)
+        data = rng.randbytes(size)
+        if kind in (2, 4):
+            data = rng.choice([b"\0\0", b"\x10\0", b"\0\1", b"\xff\xff"])
+        begin, run = rng.choice(bank), rng.choice([1, 1, 1, 5, 20, 60]) if kind == 0 else 1
+        more = [record(0, (begin + at * size) % 65536, data) for at in range(run)]
+        rng.choice([lambda: None, lambda: rng.shuffle(more), more.reverse])()
+        rows += more if kind == 0 else [record(kind, begin, data)]
+    written = sum(len(row) // 2 - 6 for row in rows if row[7:9] == "00")
+    ends = rng.choice([["\n"], ["\r\n"], ["\r"], ["\n", "\r\n", "\r", "\n\n", "\n \t\n", "\r\r\n"]])
+    content = "".join(row.strip() + rng.choice(ends) for row in [*rows, END])
+    content = content.lower() if rng.randrange(2) else content
+    content = rng.choice(["", "\ufeff", "\n", "; text\n"]) + content
+    content = (content + rng.choice(["", "\x1a", ";text\n"])).encode()
+    cuts = sorted(rng.randrange(len(content)) for _ in range(rng.randrange(6)))
+    layout, placed = read_hex(content)
+    assert read_hex(content, cuts) == (layout, placed)
+    assert (placed, layout.records) == model(content)
+    assert layout.bytes == written
+    joined = [address for address in sorted(placed) if address - 1 not in placed]
+    assert [address for address, _ in layout.segments] == joined
+    assert sum(size for _, size in layout.segments) == len(placed)
 
 
 def test_hex_segment_base_wraps_at_64_kib_and_says_so():
     content = record(2, 0, b"\x10\0") + record(0, 0xFFFE, b"abcd") + record(0, 2, b"ef") + END
-    layout, placed = read_hex(content.encode())
+    layout, placed = read_hex(content)
     assert placed == {
         0x1FFFE: 97,
         0x1FFFF: 98,
@@ -799,23 +930,23 @@ def test_hex_segment_base_wraps_at_64_kib_and_says_so():
 
 def test_hex_linear_base_wraps_at_4_gib_and_says_so():
     content = record(4, 0, b"\xff\xff") + record(0, 0xFFFF, b"xy") + END
-    layout, placed = read_hex(content.encode())
+    layout, placed = read_hex(content)
     assert placed == {0xFFFFFFFF: 120, 0: 121}
     assert layout.warnings == ["The record at 0xFFFFFFFF wraps round to 0x00000000"]
 
 
 def test_hex_overlap_is_reported_and_the_later_record_wins():
     content = record(0, 0, b"abcdef") + record(0, 2, b"XY") + record(0, 3, b"Z") + END
-    layout, placed = read_hex(content.encode())
+    layout, placed = read_hex(content)
     assert bytes(placed[at] for at in range(6)) == b"abXZef"
-    assert layout.bytes == 9 and layout.segments() == [(0, 6)]
+    assert layout.bytes == 9 and layout.segments == [(0, 6)]
     assert layout.warnings[0] == ("2 bytes at 0x00000002 are written more than once: the last wins")
 
 
 def test_hex_that_warns_a_lot_says_how_many_more():
-    lines = [record(0, at * 8, b"ab") * 2 for at in range(25)]
-    warnings = read_hex("".join([*lines, END]).encode())[0].warnings
-    assert len(warnings) == 21 and warnings[-1] == "There are 5 more of these"
+    lines = [record(0, at * 8, b"ab") * 2 for at in range(45)]
+    warnings = read_hex("".join([*lines, END]))[0].warnings
+    assert len(warnings) == 41 and warnings[-1] == "There are 5 more warnings"
 
 
 @pytest.mark.parametrize(
@@ -827,13 +958,51 @@ def test_hex_start_records_give_the_entry_point(kind, data, address):
     assert layout.report()["start_address"] == address
 
 
-def test_hex_in_too_many_pieces_is_a_fault_and_takes_bounded_memory(monkeypatch):
-    monkeypatch.setattr(image_manager, "MOST_PIECES", 100)
-    with pytest.raises(HexFault, match="separate pieces"):
-        read_hex("".join([record(0, at * 4, b"a") for at in range(200)] + [END]).encode())
-    for cuts in ((), range(0, 3000, 50)):
-        with pytest.raises(HexFault, match="^line 101: more than 100 separate pieces"):
-            read_hex("".join([record(0, at * 4, b"a") for at in range(200)] + [END]).encode(), cuts)
+def test_hex_with_several_start_addresses_names_them_and_the_last_counts():
+    start = [record(5, 0, b"\x08\0\0\0"), record(3, 0, b"\0\x10\0\4"), record(5, 0, b"\0\0\1\4")]
+    assert read_hex("".join([start[0], start[0], GOOD, END]))[0].warnings == []
+    layout, _ = read_hex("".join([*start, GOOD, END]))
+    assert layout.start_address == 0x104
+    assert layout.warnings == [
+        "Line 2: start address 0x00000104 comes after 0x08000000; the last one counts"
+    ]
+
+
+def test_hex_with_a_segment_base_after_a_linear_one_names_both():
+    linear, segment = record(4, 0, b"\x08\0"), record(2, 0, b"\x10\0")
+    layout, placed = read_hex("".join([linear, segment, GOOD, END]))
+    assert min(placed) == 0x10000
+    assert layout.warnings == [
+        "Line 2: base 0x00010000 of type 02 comes after 0x08000000 of type 04; "
+        "some programs add the two"
+    ]
+    for harmless in ([segment, linear], [record(4, 0, b"\0\0"), segment]):
+        assert read_hex("".join([*harmless, GOOD, END]))[0].warnings == []
+
+
+def scattered(pieces):
+    """Return a file of single bytes, each with a gap behind it, in no order."""
+    rows = [(at >> 16, record(0, at & 0xFFFF, b"x")) for at in range(0, 2 * pieces, 2)]
+    random.Random(3).shuffle(rows)
+    rows.sort(key=operator.itemgetter(0))
+    banks = itertools.groupby(rows, key=operator.itemgetter(0))
+    parts = [
+        record(4, 0, bank.to_bytes(2, "big")) + "".join(row for _, row in group)
+        for bank, group in banks
+    ]
+    return "".join([*parts, END]).encode()
+
+
+def test_hex_in_too_many_pieces_is_refused_and_takes_bounded_memory(monkeypatch):
+    monkeypatch.setattr(image_manager, "MAX_SEGMENTS", 100)
+    assert len(read_hex(scattered(100))[0].segments) == 100
+    with pytest.raises(HexFault, match="^The data lie in more separate places than can be checked"):
+        read_hex(scattered(101))
+    alternating = "".join(record(0, at, b"x") for at in [*range(0, 200, 2), *range(1, 200, 2)])
+    assert read_hex(alternating + END)[0].segments == [(0, 200)]
+    monkeypatch.setattr(image_manager, "MAX_PIECES", 150)
+    with pytest.raises(HexFault, match="^The data lie in more separate places than can be checked"):
+        read_hex(alternating + END)
 
 
 # ------------------------------------------------------------------------------------- catalogue
@@ -998,6 +1167,7 @@ def test_catalogue_made_by_1_0_0_is_migrated_whole(tmp_path):
         rows = [
             ("a", "1.0.0", "1", 1, 44, "ab" * 32, date, report, "[[16, 4]]"),
             ("b", "2.0.0", "2", 0, None, None, None, None, None),
+            ("empty", "2.0.0", "2", 1, 13, "cd" * 32, date, '{"segments": []}', "[]"),
             ("gone", "3.0.0", "3", 0, None, None, None, None, None),
         ]
         old.executemany(
@@ -1010,11 +1180,14 @@ def test_catalogue_made_by_1_0_0_is_migrated_whole(tmp_path):
         old.commit()
     with contextlib.closing(Catalogue(path)) as catalogue:
         assert not catalogue.faults() and catalogue.ever_used()
-        first, second = json.loads(catalogue.list_json("t", {}))
+        first, second, _ = json.loads(catalogue.list_json("t", {}))
         assert (first["sha256"], first["size"], first["updated"]) == ("ab" * 32, 44, date)
         assert (second["id"], second["confirmed"]) == ("b", False)
-        assert catalogue.segments(catalogue.get("t", "a")) == [(16, 4)]
-        assert catalogue._row("SELECT seq FROM sqlite_sequence WHERE name = 'image'")[0] == 3
+        image = catalogue.get("t", "a")
+        assert image.raw_size == 4
+        assert list(catalogue.segments(image).between(0, 99)) == [Extent(16, 4, 0)]
+        assert catalogue.get("t", "empty").raw_size is None
+        assert catalogue._row("SELECT seq FROM sqlite_sequence WHERE name = 'image'")[0] == 4
         assert catalogue._row("SELECT stored FROM image WHERE id = 'b'")[0] == date
 
 
@@ -1085,11 +1258,16 @@ def received(store, content, pieces=7, image_id="one", **others):
     return binary
 
 
+def segments_of(binary):
+    segments = json.loads(binary.report)["segments"]
+    return [(int(segment["address"], 16), segment["size"]) for segment in segments]
+
+
 def test_binary_is_stored_with_its_size_digest_and_raw_bytes(store):
     content, data = firmware(5000, base=0x1000)
     binary = received(store, content)
     assert (binary.size, binary.sha256) == (len(content), sha256(content))
-    assert image_manager.parse_segments(binary.report) == [(0x1000, 5000)]
+    assert segments_of(binary) == [(0x1000, 5000)]
     assert (store.folder / "one.hex").read_bytes() == content
     assert (store.folder / "one.bin").read_bytes() == data
     assert not list(store.uploads.iterdir())
@@ -1098,9 +1276,59 @@ def test_binary_is_stored_with_its_size_digest_and_raw_bytes(store):
 def test_raw_bytes_stand_in_the_order_of_addresses_joined_and_without_overwritten_ones(store):
     lines = [record(0, 0x200, b"late"), record(0, 0x100, b"early"), record(0, 0x102, b"RL")]
     binary = received(store, "".join([*lines, END]).encode())
-    assert (store.folder / "one.bin").read_bytes() == b"eaRLylate"
-    assert image_manager.parse_segments(binary.report) == [(0x100, 5), (0x200, 4)]
+    assert (store.folder / "one.bin").read_bytes() == b"eaRLylate" and binary.raw_size == 9
+    assert segments_of(binary) == [(0x100, 5), (0x200, 4)]
     assert [path.name for path in store.uploads.iterdir()] == []
+
+
+@pytest.mark.parametrize("pieces", [1, 100, 5000])
+@pytest.mark.parametrize("before", [0, 200, 64 * KIB - 11, 64 * KIB - 10])
+def test_intel_hex_is_recognised_in_the_first_64_kib_however_they_arrive(store, pieces, before):
+    content = b";" * (before - 1) + b"\n" * (before > 0) + firmware(9000)[0]
+    binary = received(store, content, pieces)
+    assert bool(binary.report) == (before <= 64 * KIB - 11)
+    assert (store.folder / "one.bin").exists() == bool(binary.report)
+    assert (store.folder / "one.hex").read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "descending", "in two passes, with overlaps"])
+def test_raw_bytes_are_stored_in_the_order_of_their_addresses(store, kind):
+    rng = random.Random(6)
+    rows = [record(0, at, rng.randbytes(16)) for at in range(0, 65536, 16)]
+    memory = b"".join(bytes.fromhex(row[9:-3]) for row in rows)
+    if kind == "shuffled":
+        rng.shuffle(rows)
+    elif kind == "descending":
+        rows.reverse()
+    else:
+        rows = [record(0, at, b"x" * 8) for at in range(4, 65536, 16)] + rows
+    binary = received(store, "".join([*rows, END]).encode())
+    assert segments_of(binary) == [(0, 65536)] and binary.raw_size == 65536
+    assert (store.folder / "one.bin").read_bytes() == memory
+    assert not list(store.uploads.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [END, record(0x0A, 0, b"\x99\0\xc0\xde") + GOOD + END],
+    ids=["no data", "other types"],
+)
+def test_intel_hex_that_gives_no_raw_bytes_is_stored_with_its_report_alone(store, content):
+    received(store, firmware()[0])
+    binary = received(store, content.encode())
+    assert binary.raw_size is None and json.loads(binary.report)["records"] == content.count(":")
+    assert [path.name for path in store.folder.iterdir()] == ["one.hex"]
+    assert not list(store.uploads.iterdir())
+
+
+def test_intel_hex_in_too_many_places_is_stored_only_unchecked(store, monkeypatch):
+    monkeypatch.setattr(image_manager, "MAX_SEGMENTS", 100)
+    with pytest.raises(
+        BadRequest, match="^The data lie in .*; .validate=false stores it unchecked"
+    ):
+        received(store, scattered(101))
+    binary = received(store, scattered(101), check=False)
+    assert binary.report is None and [path.name for path in store.folder.iterdir()] == ["one.hex"]
 
 
 def test_raw_bytes_of_an_earlier_binary_do_not_outlive_it(store):
@@ -1129,14 +1357,14 @@ def test_files_reach_the_medium_on_macos_too(store, monkeypatch):
 
 
 def test_any_other_file_is_stored_as_it_is(store):
-    for content in (b"\x7fELF", b"", b" :00000001FF\n", b"\n:00000001FF\n"):
+    for content in (b"\x7fELF", b"", b" :00000001FF\n", b"a\n:x"):
         binary = received(store, content, image_id=sha256(content))
         assert binary.report is None
         assert (store.folder / f"{sha256(content)}.hex").read_bytes() == content
     assert not list(store.folder.glob("*.bin"))
 
 
-@pytest.mark.parametrize("content", [b"\x7fELF", b"", b"\n" + END.encode()])
+@pytest.mark.parametrize("content", [b"\x7fELF", b"", b" " + END.encode()])
 def test_only_intel_hex_is_stored_where_it_is_required(store, content):
     with pytest.raises(BadRequest, match="^Not an Intel HEX file$"):
         received(store, content, require=True, check=False)
@@ -1152,16 +1380,18 @@ def test_faulty_intel_hex_is_stored_only_unchecked_and_then_without_raw_bytes(st
     assert [path.name for path in store.folder.iterdir()] == ["one.hex"]
 
 
-def excerpt(tmp_path, content, pieces, size, fill=b"\xff"):
+def excerpt(tmp_path, content, segments, end, start=0):
     (tmp_path / "file").write_bytes(content)
-    return Excerpt(open(tmp_path / "file", "rb", buffering=0), pieces, size, fill)
+    file = open(tmp_path / "file", "rb", buffering=0)
+    return Excerpt(file, Segments(segments), start, end, b".")
 
 
 def test_excerpt_reads_pieces_and_gaps_as_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(image_manager, "LARGEST_READ", 7)
-    pieces = [Extent(3, 4, 0), Extent(7, 2, 4), Extent(20, 5, 6)]
+    segments = [(91, 3), (103, 4), (107, 2), (120, 5), (200, 9)]
     whole = b"..." + b"abcd" + b"ef" + b"." * 11 + b"ghijk" + b"..."
-    with contextlib.closing(excerpt(tmp_path, b"abcdefghijk", pieces, 28, b".")) as file:
+    content = b"---abcdefghijk---------"
+    with contextlib.closing(excerpt(tmp_path, content, segments, 128, 100)) as file:
         for begin, end in itertools.combinations_with_replacement(range(29), 2):
             file.narrow(begin, end)
             assert b"".join(iter(file.read, b"")) == whole[begin:end]
@@ -1174,18 +1404,18 @@ def test_excerpt_reads_pieces_and_gaps_as_one_file(tmp_path, monkeypatch):
 def test_excerpt_of_a_file_cut_off_is_an_error_not_a_short_read(tmp_path, monkeypatch, with_pread):
     if not with_pread:
         monkeypatch.delattr(os, "pread", raising=False)
-    with contextlib.closing(excerpt(tmp_path, b"abc", [Extent(0, 5, 0)], 5)) as file:
+    with contextlib.closing(excerpt(tmp_path, b"abc", [(0, 5)], 5)) as file:
         assert file.read(2) == b"ab"
         with pytest.raises(OSError, match="cut off"):
             file.read(3)
 
 
 def test_excerpt_over_a_wide_gap_takes_no_memory(tmp_path):
-    pieces = [Extent(0, 1, 0), Extent(256 * MIB - 1, 1, 1)]
-    with contextlib.closing(excerpt(tmp_path, b"az", pieces, 256 * MIB)) as file:
+    segments = [(0, 1), (256 * MIB - 1, 1)]
+    with contextlib.closing(excerpt(tmp_path, b"az", segments, 256 * MIB)) as file:
         assert len(file.read()) == image_manager.LARGEST_READ
         file.seek(-2, os.SEEK_END)
-        assert file.read() == b"\xffz"
+        assert file.read() == b".z"
 
 
 # ------------------------------------------------------------------------------------- routes: life of an image
@@ -1992,11 +2222,13 @@ def test_corrupt_intel_hex_is_refused_unless_told_otherwise(client, app):
     lines = content.splitlines(keepends=True)
     cut_off = b"".join(lines[:11]) + lines[11][:-5]
     image_id = client.create()
-    message = "Corrupt Intel HEX: line 12: record is cut off"
+    remedy = "; ?validate=false stores it unchecked"
+    message = f"Corrupt Intel HEX: line 12: record is cut off{remedy}"
     error(client.upload(image_id, cut_off, status=400), 400, message)
     body, headers = form(b"".join(lines[:-1]), filename="cut-off.hex")
     response = client.post(f"/image/{image_id}/binary", body, headers, status=400)
-    error(response, 400, f"Corrupt Intel HEX: line {len(lines) - 1}: no end-of-file record")
+    reason = f"line {len(lines) - 1}: no end-of-file record"
+    error(response, 400, f"Corrupt Intel HEX: {reason}{remedy}")
     assert folder_is_clean(app)
     error(
         client.upload(image_id, cut_off, "?validate=no", status=400),
@@ -2465,10 +2697,49 @@ def test_window_too_large_or_with_no_data_is_422_and_names_the_segments(client, 
     )
 
 
-@pytest.mark.parametrize("content", [b"\x7fELF", b"", END.encode()])
-def test_raw_bytes_of_what_has_none_are_422(client, content):
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"\x7fELF", "no sound Intel HEX file"),
+        (b"", "no sound Intel HEX file"),
+        (END.encode(), "has no data"),
+        ((record(0xFD, 0, b"signature") + GOOD + END).encode(), "records of other types"),
+    ],
+    ids=str,
+)
+def test_raw_bytes_of_what_has_none_are_422_and_the_reason(client, content, reason):
     image_id = client.stored(content)
-    assert client.get(f"/image/{image_id}/binary?format=bin", status=422).json["status"] == 422
+    response = client.get(f"/image/{image_id}/binary?format=bin", status=422)
+    assert reason in response.json["message"]
+    client.get(f"/image/{image_id}/binary?format=bin&start=x", status=400)
+
+
+def test_window_of_262_144_pieces_is_served_by_a_few_reads(tmp_path, monkeypatch):
+    pieces = image_manager.MAX_SEGMENTS
+    with running(Settings(data=tmp_path)) as server:
+        connection = Connection(server)
+        image_id = connection.stored(scattered(pieces))
+        path = f"/image/{image_id}/binary?format=bin"
+        assert connection.ask("GET", path)[2] == (b"x\xff" * pieces)[:-1]
+        reads, pread = [], os.pread
+        monkeypatch.setattr(os, "pread", lambda *a: reads.append(a) or pread(*a))
+        assert connection.ask("GET", path, Range="bytes=400000-400009")[2] == b"x\xff" * 5
+        assert connection.ask("GET", path + "&start=100001&end=100010")[2] == b"\xffx" * 4 + b"\xff"
+        assert [size for _, size, _ in reads] == [5, 4]
+        report = json.loads(connection.ask("GET", f"/image/{image_id}")[2])["hex"]
+        assert len(report["segments"]) == pieces
+        connection.close()
+
+
+def test_record_of_very_many_segments_is_not_read_where_others_would_wait(catalogue):
+    image_id, _ = catalogue.add("t", "l", "1")
+    report = json.dumps({"segments": [{"address": "0x00000000", "size": 1}] * 5000})
+    nothing = lambda *_: None  # noqa: E731
+    catalogue.confirm("t", image_id, Binary(1, "ab", report, 1), nothing, nothing, nothing)
+    catalogue.never_wait()
+    assert json.loads(catalogue.get_json("t", image_id))["confirmed"]
+    with pytest.raises(MustWait):
+        catalogue.get_json("t", image_id, image_manager.WITH_REPORT)
 
 
 # ------------------------------------------------------------------------------------- routes: links
