@@ -70,7 +70,11 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 10):  # noqa: UP036 - who runs it by hand is told why, and at once
-    sys.exit("image manager: this needs Python 3.10 or newer: run it with another python3")
+    print(
+        "image manager: this needs Python 3.10 or newer: run it with another python3",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 import argparse
 import array
@@ -1149,10 +1153,18 @@ REMOVE = (
 )
 IN_USE = """SELECT id || '.hex' FROM image WHERE confirmed = 1
     UNION ALL SELECT id || '.bin' FROM image WHERE confirmed = 1 AND raw_size IS NOT NULL"""
+UNREADABLE = """SELECT id FROM image WHERE julianday(created) IS NULL
+    OR report IS NOT NULL AND NOT json_valid(report)
+    OR stored IS NOT NULL AND julianday(stored) IS NULL"""
 LEFT_OVER = """SELECT confirmed = 0 OR (:suffix = '.bin' AND raw_size IS NULL) FROM image
     WHERE id = :id UNION ALL SELECT 1 FROM removed WHERE id = :id"""
 
 
+CANNOT_USE: dict[type[Exception], str] = {
+    ReadOnly: "it is read-only; let this user write it, or name another folder with --data",
+    StorageFull: "the disk is full; make room",
+    Unavailable: "another program has locked it; end that, then try again",
+}
 PATIENCE = 10  # seconds that a write waits for other processes
 QUICK_REPORT, LONGEST_REPORT = 64 * KIB, 1 << 30  # characters
 PRAGMAS = (
@@ -1210,48 +1222,49 @@ class Catalogue:
 
         Raises CannotStart.
         """
-        self._path, self._closed, self._make, self._place = path, False, make, (0, 0)
+        self._path, self._closed, self._make = path, False, make
         self._thread = threading.local()
         self._segments: dict[str, Segments] = {}  # of the last few binaries, by their digest
-        self._own()
+        self._places: dict[str, tuple[int, int]] = {}  # of the file and its log, by their suffix
+        self.own()
         CATALOGUES.add(self)
         try:
             with self._transaction() if make else self._connection() as connection:
                 self._migrate(connection)
-            if make and not os.access(
-                path, os.W_OK
-            ):  # of which SQLite says nothing before a change
+            # Of this SQLite says nothing before a change.
+            if make and not os.access(path, os.W_OK):
                 raise ReadOnly
-            self._place = self._find()
+            self._places[""] = self._find("")
         except (ServiceError, CannotStart) as error:
             self.close()
-            reason: object = error.__cause__ or error
-            remedy = "restore it from a backup"
-            if isinstance(error, ReadOnly):
-                reason, remedy = "it is read-only", "let this user write it"
-            message = f"Cannot use {path} as the catalogue ({reason}): {remedy}"
-            raise CannotStart(f"{message}, or name another folder with --data") from error
+            reason = f"{error.__cause__ or error}; name another folder with --data, or "
+            reason += "restore it from a backup, without the -wal and -shm files beside it"
+            reason = str(error) if isinstance(error, CannotStart) else reason
+            reason = CANNOT_USE.get(type(error), reason)
+            raise CannotStart(f"Cannot use {path} as the catalogue: {reason}") from error
 
-    def _own(self) -> None:
-        """Begin with no connections, and locks that nobody holds, in this process."""
-        self._process = os.getpid()
+    def own(self) -> None:
+        """Begin with no connections, and locks that nobody holds, as in a process just forked."""
+        # To be closed by the parent alone, if they are its own: see before_fork().
+        self._inherited = getattr(self, "_idle", None)
         # Connections to lend to whatever thread asks, by whether they wait for a lock.
         self._idle: dict[bool, list[sqlite3.Connection]] = {True: [], False: []}
         # Threads queue here. SQLite's own waiting, for other processes, sleeps for up to 100 ms.
         self._writing = threading.RLock()
         self._additions: list[dict[str, Any]] = []  # that no thread has begun to record
+        self._places.pop("-wal", None)
 
-    def _find(self) -> tuple[int, int]:
-        """Return where the file lies that now has the catalogue's name, (0, 0) if there is none."""
+    def _find(self, suffix: str) -> tuple[int, int]:
+        """Return where the file lies that now has the name, (0, 0) if there is none."""
         try:
-            found = os.stat(self._path)
+            found = os.stat(f"{self._path}{suffix}")
         except OSError:
             return 0, 0
         return found.st_dev, found.st_ino
 
     def require_in_place(self) -> None:
-        """Raise Unavailable where changes would be lost: the file has been deleted or replaced."""
-        if self._place not in ((0, 0), self._find()):
+        """Raise Unavailable where changes would be lost: a file has been deleted or replaced."""
+        if any(self._find(suffix) != place for suffix, place in list(self._places.items())):
             raise Unavailable("The catalogue was deleted or replaced: restart the service")
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
@@ -1290,14 +1303,14 @@ class Catalogue:
         except sqlite3.Error:
             connection.close()
             raise
+        log = self._find("-wal")  # there as long as a connection is open
+        if self._make and log != (0, 0):
+            self._places.setdefault("-wal", log)
         return connection
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection; the one place where SQLite's errors become the service's own."""
-        if os.getpid() != self._process:
-            self._inherited = self._idle  # not to be closed: they are the parent's
-            self._own()
         connection, waits = None, self._waits()
         try:
             # Another thread may take the last one between a test and the pop.
@@ -1309,8 +1322,11 @@ class Catalogue:
             if connection:
                 connection.close()
                 connection = None
+                self._places.pop("-wal", None)  # it may have been the last one
             locked = Unavailable if waits else MustWait
             known = {"disk is full": StorageFull, "is locked": locked, "readonly": ReadOnly}
+            if shutil.disk_usage(self._path.parent).free < MIB:
+                known["disk I/O error"] = StorageFull  # its index of the log does not fit the disk
             found = [kind for words, kind in known.items() if words in str(error)]
             raise (found or [Damaged])[0]() from error
         finally:
@@ -1345,8 +1361,7 @@ class Catalogue:
             }
             row = self._row(f"SELECT {columns} {ONE}", **key)
         except Damaged as error:
-            message = f"The record of image {image_id} cannot be read: the log says why"
-            raise Damaged(message) from error.__cause__
+            raise Damaged(UNREADABLE_RECORD.format(image_id)) from error.__cause__
         if not row:
             raise NoSuchImage(image_id)
         return row
@@ -1356,8 +1371,17 @@ class Catalogue:
         self._closed = True
         self.disconnect()
 
+    def pause(self) -> None:
+        """Wait for the change under way, have others wait for resume(), and disconnect."""
+        self._writing.acquire()
+        self.disconnect()
+
+    def resume(self) -> None:
+        self._writing.release()
+
     def disconnect(self) -> None:
         """Close the connections that are not lent; who asks for one gets a new one."""
+        self._places.pop("-wal", None)
         for idle in self._idle.values():
             with contextlib.suppress(IndexError):
                 while True:
@@ -1401,7 +1425,10 @@ class Catalogue:
         known = self._segments.get(image.sha256)
         if not known:
             (report,) = self._image_row("report", image.tenant, image.id)
-            known = parse_segments(report)
+            try:
+                known = parse_segments(report)
+            except (ValueError, KeyError, TypeError) as error:
+                raise Damaged(UNREADABLE_RECORD.format(image.id)) from error
             others = list(self._segments.items())[-3:]  # the largest takes 6 MiB
             self._segments = dict(others) | {image.sha256: known}
         return known
@@ -1535,13 +1562,17 @@ class Catalogue:
             return found
 
     def faults(self, check: str = "integrity_check") -> list[str]:
-        """Return what SQLite finds wrong with the file; quick_check leaves out the indexes."""
+        """Return what is wrong with the file; quick_check leaves out the indexes and the values."""
         try:
             with self._connection() as connection:
                 rows = connection.execute(f"PRAGMA {check}(10)").fetchall()
+                unread = connection.execute(UNREADABLE) if check == "integrity_check" else ()
+                rows += [
+                    (f"the record of image {image_id} cannot be read",) for (image_id,) in unread
+                ]
         except Damaged as error:
             return [str(error.__cause__)]
-        return [str(row[0]) for row in rows if row[0] != "ok"]
+        return [line for row in rows if row[0] != "ok" for line in str(row[0]).splitlines()]
 
     def ever_used(self) -> bool:
         """Tell whether there ever was an image."""
@@ -1564,20 +1595,35 @@ class Catalogue:
             connection.backup(copy)
 
 
+UNREADABLE_RECORD = "The record of image {} cannot be read: the log says why"
 CATALOGUES: weakref.WeakSet[Catalogue] = weakref.WeakSet()
 
 
-def disconnect_all() -> None:
-    """Close what no thread uses, before a fork: SQLite would take the parent's locks for its own.
+def before_fork() -> None:
+    """Let no change, and no connection that is not lent, cross a fork.
 
-    See "How To Corrupt An SQLite Database File", 2.6.
+    SQLite would take the parent's locks for its own: "How To Corrupt An SQLite Database File", 2.6.
     """
     for catalogue in list(CATALOGUES):
-        catalogue.disconnect()
+        catalogue.pause()
+
+
+def after_fork_in_parent() -> None:
+    for catalogue in list(CATALOGUES):
+        catalogue.resume()
+
+
+def after_fork_in_child() -> None:
+    for catalogue in list(CATALOGUES):
+        catalogue.own()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=disconnect_all)
+    os.register_at_fork(
+        before=before_fork,
+        after_in_parent=after_fork_in_parent,
+        after_in_child=after_fork_in_child,
+    )
 
 
 class Segments:
@@ -1825,10 +1871,24 @@ class BinaryStore:
         if make:
             make_folder(self.folder)
             make_folder(self.uploads)
-            if self.folder.stat().st_dev != self.uploads.stat().st_dev:
-                remedy = "what arrives in one must appear in the other in one step"
-                raise CannotStart(f"{self.folder} and tmp are on two file systems: {remedy}")
+            self._require_renaming()
             sync_folder(folder)
+
+    def _require_renaming(self) -> None:
+        """Raise CannotStart where a file cannot move from one folder to the other in one step."""
+        handle, name = tempfile.mkstemp(dir=self.uploads)
+        os.close(handle)
+        moved = self.folder / Path(name).name
+        try:
+            os.replace(name, moved)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            remedy = "what arrives in one must appear in the other in one step"
+            raise CannotStart(f"{self.folder} and tmp are on two mounts: {remedy}") from error
+        finally:
+            for path in (Path(name), moved):
+                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def receive(self, limit: int, check: bool = True, require: bool = False) -> Iterator[Upload]:
@@ -2278,7 +2338,9 @@ def place_window(segments: Segments, start: int | None, end: int | None) -> tupl
 def body_blocks(environ: Mapping[str, Any]) -> Iterator[bytes]:
     """Yield the body; raises BadRequest where it ends early, LengthRequired where it has no end."""
     length, stream = environ.get("CONTENT_LENGTH"), environ["wsgi.input"]
-    chunked = environ.get("HTTP_TRANSFER_ENCODING") and environ.get("wsgi.input_terminated")
+    chunked = "HTTP_TRANSFER_ENCODING" in environ
+    if chunked and not environ.get("wsgi.input_terminated"):
+        raise BadRequest("This server takes no chunked body: send it with Content-Length")
     if not length and not chunked:
         raise LengthRequired
     if length and not re.fullmatch("[0-9]{1,18}", length):
@@ -2379,8 +2441,10 @@ def file_name(disposition: str) -> str | None:
     if not names:
         return None
     extended = [value for value in names if isinstance(value, tuple)]
-    name = email.utils.collapse_rfc2231_value((extended or names)[0])
+    name = (extended or names)[0]
+    name = name[-1] if isinstance(name, tuple) else name
     with contextlib.suppress(ValueError, LookupError, email.errors.HeaderParseError):
+        name = email.utils.collapse_rfc2231_value((extended or names)[0])
         name = str(email.header.make_header(email.header.decode_header(name)))
     return name
 
@@ -2453,12 +2517,12 @@ ROUTES = (
 )  # fmt: skip
 
 
-def require_sound(catalogue: Catalogue) -> None:
+def require_sound(catalogue: Catalogue, check: str = "quick_check") -> None:
     """Raise CannotStart where the catalogue is damaged."""
-    faults = catalogue.faults("quick_check")
+    faults = catalogue.faults(check)
     if faults:
         catalogue.close()
-        remedy = "restore image_manager.db from a backup"
+        remedy = "restore image_manager.db from a backup, without the -wal and -shm files beside it"
         raise CannotStart(f"The catalogue is damaged ({faults[0]}): {remedy}")
 
 
@@ -3155,7 +3219,7 @@ def response(route: Route, status: int) -> dict[str, Any]:
         return described
     if route.gives == "File" and status < 300:
         return {**described, "content": {"application/octet-stream": {}}}
-    name = route.gives if status < 300 else "Error"
+    name = route.gives if status < 400 else "Error"
     reference = {"$ref": f"#/components/schemas/{name}"}
     return {**described, "content": {"application/json": {"schema": reference}}}
 
@@ -3201,7 +3265,8 @@ class AccessLog:
         if target:
             words = environ["REQUEST_METHOD"], without_signature(target), environ["SERVER_PROTOCOL"]
             asked = " ".join(words)
-        fields = asked, environ.get("HTTP_REFERER", "-"), environ.get("HTTP_USER_AGENT", "-")
+        referrer = without_signature(environ.get("HTTP_REFERER", "-"))
+        fields = asked, referrer, environ.get("HTTP_USER_AGENT", "-")
         request, referrer, agent = map(quoted, fields)
         who = f"{environ['REMOTE_ADDR'] or '-'} - {user_name(environ.get(CALLER))}"
         when = log_time(int(time.time()))
@@ -3727,6 +3792,8 @@ def clean_up(application: Application) -> None:
     catalogue, binaries = application.catalogue, application.binaries
     strays = catalogue.strays(binaries.names())
     left = [binaries.folder / name for name, is_left_over in strays.items() if is_left_over]
+    if left:  # it says so in one place: what it says elsewhere must not contradict that
+        require_sound(catalogue, "integrity_check")
     left += [*binaries.uploads.iterdir(), *application.settings.data.glob("secret.key*.draft")]
     for path in filter(Path.is_file, left):
         log.info("removing %s, which was left over", path)
@@ -3791,10 +3858,16 @@ def serve_here(
         end.daemon = True
         end.start()
 
-    for number in ENDING:
-        signal.signal(number, stop)
+    heed(stop)
     ready()
     server.run()
+
+
+def heed(stop: Callable[[int, Any], None]) -> None:
+    """Call a function for the signals that end a service; nohup has one of them ignored."""
+    for number in ENDING:
+        if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
 
 
 def reopens(settings: Settings, number: int) -> bool:
@@ -3848,8 +3921,7 @@ def supervise(
         listener.close()  # else connections would be taken that nobody serves
         tell_workers(signal.SIGTERM)
 
-    for number in ENDING:
-        signal.signal(number, stop)
+    heed(stop)
     ready()
     while len(workers) < application.settings.workers and not stopping:
         start()
@@ -3884,9 +3956,9 @@ def open_store(folder: Path) -> Iterator[tuple[Catalogue, BinaryStore]]:
         try:
             catalogue = Catalogue(path, make=False)
         except CannotStart as error:
-            if "unable to open" not in str(error):
+            if not re.search("unable to open|read-only", str(error)):
                 raise
-            # SQLite needs a file beside it that it can write, for a log that has not been merged.
+            # SQLite needs files beside it that it can write, for the log.
             scratch = closing.enter_context(tempfile.TemporaryDirectory())
             for part in folder.glob(path.name + "*"):
                 shutil.copyfile(part, Path(scratch, part.name))
@@ -3986,6 +4058,9 @@ def copy_binary(image: Image, source: BinaryStore, target: BinaryStore) -> str |
     except OSError as error:
         if error.errno in FULL:
             raise
+        return (
+            f"unreadable: the files of image {image.id} ({error.strerror}): let this user read them"
+        )
     return fault_of(image, target)
 
 
@@ -4053,6 +4128,8 @@ def serve(settings: Settings) -> int:
         listener = closing.enter_context(listen(settings))
         application = closing.enter_context(contextlib.closing(create_app(settings)))
         clean_up(application)
+        if settings.access_log:
+            AccessLog(settings.access_log).close()  # workers would fail one after the other
         told = [f"listening on {address(listener)}{settings.url_prefix}"]
         told.append(f"storing {application.catalogue.total()} images in {settings.data}")
         told += token_hint(settings)
@@ -4229,7 +4306,7 @@ def environment() -> dict[str, str]:
 def say(*lines: object) -> None:
     """Print to standard error, which may be closed, or on a full disk."""
     with contextlib.suppress(OSError):
-        if sys.stderr:
+        if sys.stderr and has_room(2):
             print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
@@ -4254,9 +4331,12 @@ def main(arguments: list[str] | None = None) -> int:
             handlers=[StandardError()],
         )
         return int(handler(Settings(**values), **others))
-    except (CannotStart, ServiceError, OSError) as error:
+    except (CannotStart, ServiceError) as error:
         cause = f" ({error.__cause__})" if isinstance(error, ServiceError) else ""
         say(f"image manager: {error}{cause}")
+        return 2
+    except OSError as error:
+        say(f"image manager: {error.filename or 'the system'}: {error.strerror}")
         return 2
     except KeyboardInterrupt:
         return 0 if words[0] == "serve" else 130  # as shells have it for what was interrupted

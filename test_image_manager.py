@@ -21,6 +21,7 @@ import io
 import ipaddress
 import itertools
 import json
+import multiprocessing
 import operator
 import os
 import random
@@ -1125,7 +1126,7 @@ def test_catalogue_is_migrated_step_by_step_and_keeps_what_it_has(tmp_path, monk
 def test_catalogue_that_is_none_stops_the_start(tmp_path, content):
     path = tmp_path / "image_manager.db"
     path.write_bytes(content) if content else path.mkdir()
-    with pytest.raises(CannotStart, match=r"Cannot use .*image_manager\.db.*: restore it"):
+    with pytest.raises(CannotStart, match=r"Cannot use .*image_manager\.db.*restore it.*-wal"):
         Catalogue(path)
 
 
@@ -1179,7 +1180,7 @@ def test_catalogue_made_by_1_0_0_is_migrated_whole(tmp_path):
         old.execute("DELETE FROM image WHERE id = 'gone'")
         old.commit()
     with contextlib.closing(Catalogue(path)) as catalogue:
-        assert not catalogue.faults() and catalogue.ever_used()
+        assert catalogue.faults() == [] and catalogue.ever_used()
         first, second, _ = json.loads(catalogue.list_json("t", {}))
         assert (first["sha256"], first["size"], first["updated"]) == ("ab" * 32, 44, date)
         assert (second["id"], second["confirmed"]) == ("b", False)
@@ -1606,6 +1607,18 @@ def test_catalogue_that_was_deleted_or_replaced_takes_no_changes(client, app, tm
         error(client.delete(f"/image/{image_id}", status=503), 503, message)
         assert client.get(f"/image/{image_id}/binary").body == b"x"
     assert not database.exists()
+
+
+def test_catalogue_whose_log_was_deleted_takes_no_changes(client, app):
+    """What is written to the log that nobody finds any more would be lost."""
+    image_id = client.stored(b"x")
+    (app.settings.data / "image_manager.db-wal").unlink()
+    message = "The catalogue was deleted or replaced: restart the service"
+    for _ in range(2):
+        error(client.delete(f"/image/{image_id}", status=503), 503, message)
+        error(client.get("/health", status=503), 503, f"Not healthy: {message}")
+        (app.settings.data / "image_manager.db-wal").touch()
+    assert client.get(f"/image/{image_id}/binary").body == b"x"
 
 
 def test_catalogue_that_cannot_be_written_is_not_healthy(client, monkeypatch):
@@ -2056,6 +2069,9 @@ NAMED_HEX = {
     "extended before plain": "filename*=UTF-8''b.hex; filename=\"a.txt\"",
     "extended in Latin-1": "filename*=iso-8859-1'de'Ger%E4t.hex",
     "extended in an unknown coding": "filename*=klingon''a%FF.hex",
+    "extended in a coding of Python's own": "filename*=idna''a..hex",
+    "extended in a coding that never works": "filename*=undefined''a.hex",
+    "extended in a coding with a NUL": "filename*=a%00b''a.hex",
     "encoded word": 'filename="=?utf-8?B?R2Vyw6R0LmhleA==?="',
     "encoded words": 'filename="=?iso-8859-1?q?Ger=E4t?= =?utf-8?q?=2Ehex?="',
     "continued": 'filename*0="fw"; filename*1=".hex"',
@@ -2872,6 +2888,14 @@ def test_link_takes_no_host_that_is_none(client, host):
     image_id = client.stored()
     response = client.post(f"/image/{image_id}/binary/link", headers={"Host": host}, status=400)
     error(response, 400, "The Host header names no host")
+
+
+def test_chunked_body_is_refused_under_a_server_that_does_not_pass_it_on(client):
+    """It would be taken for none, and a link for 60 seconds last an hour."""
+    path = f"/image/{client.stored()}/binary/link"
+    chunked = {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input": io.BytesIO(b"")}
+    response = client.post(path, extra_environ={**client.extra_environ, **chunked}, status=400)
+    assert "send it with Content-Length" in response.json["message"]
 
 
 @pytest.mark.parametrize("body", [b'{"expires_in": 60}', b"", None])
@@ -4971,6 +4995,31 @@ if {end!r} == "closes":
     assert [image["id"] for image in listed] == made
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_child_of_a_busy_application_has_locks_and_connections_of_its_own(tmp_path):
+    with contextlib.closing(Catalogue(tmp_path / "image_manager.db")) as catalogue:
+        held = threading.Event()
+
+        def write():
+            with catalogue._transaction():
+                held.set()
+                time.sleep(0.3)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        held.wait()
+        child = multiprocessing.get_context("fork").Process(
+            target=lambda: catalogue.add("t", "l", "1"), daemon=True
+        )
+        child.start()
+        writer.join()
+        child.join(10)
+        assert child.exitcode == 0 and catalogue.total() == 1
+        catalogue.add("t", "l", "2")
+    with contextlib.closing(Catalogue(tmp_path / "image_manager.db")) as catalogue:
+        assert catalogue.total() == 2
+
+
 class Other:
     """A server that is none of `running`: its address, and tokens for it."""
 
@@ -5314,13 +5363,85 @@ def test_binaries_on_another_file_system_stop_the_start(tmp_path):
         pytest.skip("needs another file system")
     with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
         (tmp_path / "binaries").symlink_to(folder)
-        one_sentence(command("serve", "--data", tmp_path, "--port", "0"), "on two file systems")
+        one_sentence(command("serve", "--data", tmp_path, "--port", "0"), "on two mounts")
+
+
+def in_a_shell_of_its_own(script, *words):
+    """Run a script of sh that may mount what nobody else sees; return (status, output, errors)."""
+    if not shutil.which("unshare") or run("unshare", "-m", "true").returncode:
+        pytest.skip("needs mounts of its own")
+    command = ["unshare", "-m", "sh", "-ec", script, *map(str, words)]
+    done = run(*command, env=ENVIRON, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_binaries_mounted_apart_stop_the_start_though_the_file_system_is_one(tmp_path):
+    """As a volume of a container may be."""
+    for name in ("binaries", "elsewhere"):
+        (tmp_path / name).mkdir()
+    script = 'mount --bind "$0/elsewhere" "$0/binaries"; exec "$1" "$2" serve --port 0 --data "$0"'
+    done = in_a_shell_of_its_own(script, tmp_path, sys.executable, PROGRAM)
+    one_sentence(done, "on two mounts")
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("command", ["serve --port 0", "verify"])
+def test_full_disk_at_the_start_is_called_so(tmp_path, command):
+    script = f"""
+mount -t tmpfs -o size=2m none "$0"
+"$1" -c 'import pathlib, sys; sys.path.insert(0, sys.argv[2])
+import image_manager as m; m.create_app(m.Settings(data=pathlib.Path(sys.argv[1]))).close()' "$0" "$3"
+dd if=/dev/zero of="$0/fill" bs=4k 2> /dev/null || true
+exec "$1" "$2" {command} --data "$0"
+"""
+    done = in_a_shell_of_its_own(script, tmp_path, sys.executable, PROGRAM, HERE)
+    one_sentence(done, "disk is full", "make room")
+
+
+def test_locked_catalogue_at_the_start_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_manager, "PATIENCE", 0.1)
+    create_app(Settings(data=tmp_path)).close()
+    with catalogue_locked(tmp_path), pytest.raises(CannotStart, match="another program has locked"):
+        create_app(Settings(data=tmp_path))
+
+
+def test_access_log_that_cannot_be_written_stops_the_start_with_workers_too(tmp_path):
+    words = ["serve", "--data", tmp_path, "--port", "0", "--workers", "2"]
+    one_sentence(command(*words, "--access-log", tmp_path / "none" / "log"), "Cannot write")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes that select() knows")
+def test_pipe_that_is_full_from_the_beginning_does_not_stop_the_start(tmp_path):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    port = free_port()
+    words = [sys.executable, PROGRAM, "serve", "--data", tmp_path, "--port", port]
+    process = subprocess.Popen(list(map(str, words)), env=ENVIRON, stderr=writing)
+    os.close(writing)
+    wait_until(lambda: is_listening(port))
+    assert urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+    process.terminate()
+    assert process.wait(5) == 0
+    os.close(reading)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_service_started_by_nohup_outlives_its_terminal(tmp_path, workers):
+    with service(tmp_path, "--workers", workers, before=["nohup"]) as server:
+        server.process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert urllib.request.urlopen(server.url + "/health").status == 200
 
 
 def test_python_that_is_too_old_is_told_so():
     script = "import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_path(sys.argv[1])"
     done = run(sys.executable, "-c", script, PROGRAM, text=True)
-    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "needs Python 3.10 or newer" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -5732,27 +5853,96 @@ def test_start_with_an_older_catalogue_removes_no_upload_that_it_does_not_know(t
         )
 
 
-@pytest.mark.parametrize("index", ["image_by_precedence", "sqlite_autoindex_image_1"])
-def test_start_with_a_stale_page_of_an_index_removes_no_upload(tmp_path, index):
+@pytest.mark.parametrize(
+    "stale",
+    [
+        ["image_by_precedence"],
+        ["sqlite_autoindex_image_1"],
+        ["image"],
+        ["image", "image_by_precedence"],
+    ],
+    ids=", ".join,
+)
+def test_start_with_a_stale_page_removes_no_upload(tmp_path, stale):
     """As from a card that lied about a write."""
     database = tmp_path / "image_manager.db"
     with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
         connection.stored(b"first")
+        later = [connection.create() for _ in range(3)]
     old = database.read_bytes()
     with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
-        later = [connection.stored(firmware(seed=seed)[0]) for seed in range(3)]
+        for image_id in later:
+            path = f"/image/{image_id}/binary"
+            assert connection.ask("PUT", path, firmware(seed=len(path))[0])[0] == 200
     with contextlib.closing(sqlite3.connect(database)) as catalogue:
         sql = "SELECT rootpage FROM sqlite_master WHERE name = ?"
-        (page,) = catalogue.execute(sql, (index,)).fetchone()
+        pages = [catalogue.execute(sql, (name,)).fetchone()[0] for name in stale]
         (size,) = catalogue.execute("PRAGMA page_size").fetchone()
     new = bytearray(database.read_bytes())
-    new[(page - 1) * size : page * size] = old[(page - 1) * size : page * size]
+    for page in pages:
+        new[(page - 1) * size : page * size] = old[(page - 1) * size : page * size]
     database.write_bytes(new)
     server = Service(tmp_path)
     wait_until(lambda: server.process.poll() is not None or "listening" in server.log)
     server.end()
     for image_id in later:
-        assert (tmp_path / "binaries" / f"{image_id}.hex").exists()
+        for suffix in ("hex", "bin"):
+            assert (tmp_path / "binaries" / f"{image_id}.{suffix}").exists()
+
+
+@pytest.mark.parametrize("column", ["report", "created", "stored"])
+def test_record_that_cannot_be_read_is_named_by_verify_backup_and_the_answer(tmp_path, column):
+    """SQLite has no sums, so that noise in a value is no damage to it."""
+    data = tmp_path / "data"
+    with contextlib.closing(create_app(Settings(data=data))) as app:
+        client = client_of(app)
+        image_id, other = client.stored(), client.stored()
+        with contextlib.closing(sqlite3.connect(data / "image_manager.db")) as tool:
+            tool.execute(f"UPDATE image SET {column} = '{{noise' WHERE id = ?", (image_id,))
+            tool.commit()
+        for words in (["verify"], ["backup", tmp_path / "copy"]):
+            status, out, err = command(*words, "--data", data)
+            assert status == 1 and not err and other not in out
+            assert f"the record of image {image_id} cannot be read" in out
+        if column == "report":
+            response = client.get(f"/image/{image_id}/binary?format=bin", status=500)
+            assert image_id in response.json["message"]
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="needs to become another user")
+def test_verify_and_backup_need_no_more_rights_than_reading():
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "data")
+        with contextlib.closing(create_app(Settings(data=data))) as app:
+            client_of(app).stored()
+        for path in (Path(folder), *data.rglob("*"), data):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        Path(folder, "copies").mkdir()
+        Path(folder, "copies").chmod(0o777)
+
+        def as_another():
+            os.setgid(65534)
+            os.setuid(65534)
+            assert image_manager.verify_store(data, lambda *_: None) == (1, [])
+            assert image_manager.back_up_store(data, Path(folder, "copies", "one")) == (1, [])
+
+        child = multiprocessing.get_context("fork").Process(target=as_another)
+        child.start()
+        child.join(20)
+        assert child.exitcode == 0
+
+
+def test_backup_names_a_file_that_it_may_not_read(tmp_path, monkeypatch):
+    with contextlib.closing(create_app(Settings(data=tmp_path / "data"))) as app:
+        image_id = client_of(app).stored()
+
+    def copy_file(source, target):
+        if source.suffix == ".hex":
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+
+    monkeypatch.setattr(image_manager, "copy_file", copy_file)
+    _, (fault,) = image_manager.back_up_store(tmp_path / "data", tmp_path / "copy")
+    assert fault.startswith(f"unreadable: the files of image {image_id} (Permission denied)")
 
 
 def test_damaged_catalogue_stops_the_start_and_is_named_by_verify_and_backup(tmp_path):
