@@ -5808,12 +5808,19 @@ def test_lost_catalogue_stops_the_start_and_nothing_is_swept(tmp_path):
         assert connection.ask("GET", f"/image/{image_id}/binary")[2] == b"precious"
 
 
+@contextlib.contextmanager
+def store_in(folder):
+    """Lend a client of a store that nobody serves."""
+    with contextlib.closing(create_app(Settings(data=folder))) as app:
+        yield client_of(app)
+
+
 def test_start_removes_only_what_the_catalogue_says_is_left_over(tmp_path):
-    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
-        kept, plain = connection.stored(firmware()[0]), connection.stored(b"plain")
-        empty, cleared, gone = connection.create(), connection.stored(b"x"), connection.stored(b"x")
-        connection.ask("DELETE", f"/image/{cleared}/binary")
-        connection.ask("DELETE", f"/image/{gone}")
+    with store_in(tmp_path) as client:
+        kept, plain = client.stored(firmware()[0]), client.stored(b"plain")
+        empty, cleared, gone = client.create(), client.stored(b"x"), client.stored(b"x")
+        client.delete(f"/image/{cleared}/binary")
+        client.delete(f"/image/{gone}")
     stray = uuid.uuid4()
     left = [f"{empty}.hex", f"{plain}.bin", f"{cleared}.bin", f"{gone}.hex"]
     unknown = [f"{stray}.hex", f"{stray}.bin", "notes.txt", f"{empty}.txt"]
@@ -5837,20 +5844,18 @@ def test_start_removes_only_what_the_catalogue_says_is_left_over(tmp_path):
 def test_start_with_an_older_catalogue_removes_no_upload_that_it_does_not_know(tmp_path):
     """As where it is restored from a backup, which is what the service advises."""
     database = tmp_path / "image_manager.db"
-    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
-        connection.stored(b"first")
+    with store_in(tmp_path) as client:
+        client.stored(b"first")
     shutil.copy(database, tmp_path / "kept.db")
-    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
-        later = [connection.stored(firmware(seed=seed)[0]) for seed in range(3)]
+    with store_in(tmp_path) as client:
+        later = [client.stored(firmware(seed=seed)[0]) for seed in range(3)]
     shutil.copy(tmp_path / "kept.db", database)
     with service(tmp_path) as server:
         assert server.wait_for(r"(\d+) files in \S+ belong to no image")[1] == "6"
+    said = command("verify", "--data", tmp_path)[1]
     for image_id in later:
         assert (tmp_path / "binaries" / f"{image_id}.hex").exists()
-        assert (
-            f"unknown: {tmp_path}/binaries/{image_id}.hex"
-            in command("verify", "--data", tmp_path)[1]
-        )
+        assert f"unknown: {tmp_path}/binaries/{image_id}.hex" in said
 
 
 @pytest.mark.parametrize(
@@ -5866,14 +5871,13 @@ def test_start_with_an_older_catalogue_removes_no_upload_that_it_does_not_know(t
 def test_start_with_a_stale_page_removes_no_upload(tmp_path, stale):
     """As from a card that lied about a write."""
     database = tmp_path / "image_manager.db"
-    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
-        connection.stored(b"first")
-        later = [connection.create() for _ in range(3)]
+    with store_in(tmp_path) as client:
+        client.stored(b"first")
+        later = [client.create() for _ in range(3)]
     old = database.read_bytes()
-    with service(tmp_path) as server, contextlib.closing(Connection(server)) as connection:
+    with store_in(tmp_path) as client:
         for image_id in later:
-            path = f"/image/{image_id}/binary"
-            assert connection.ask("PUT", path, firmware(seed=len(path))[0])[0] == 200
+            client.upload(image_id, firmware()[0])
     with contextlib.closing(sqlite3.connect(database)) as catalogue:
         sql = "SELECT rootpage FROM sqlite_master WHERE name = ?"
         pages = [catalogue.execute(sql, (name,)).fetchone()[0] for name in stale]
