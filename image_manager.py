@@ -2494,6 +2494,7 @@ IMAGE, BINARY = "/image/<image_id>", "/image/<image_id>/binary"
 PAGE, WINDOW = ("limit", "offset"), ("format", "start", "end", "fill")
 LATEST_QUERY, UPLOAD_QUERY = ("label", "current"), ("sha256", "validate")
 ROUTES = (
+    Route("GET", "/", "show_page", PUBLIC, gives="Page", answers=(200, 404), quick=True),
     Route("GET", "/health", "health", PUBLIC, gives="Health"),
     Route("GET", "/openapi.json", "describe", PUBLIC, gives="Description"),
     Route("GET", "/image", "list_images", READ, (*FILTERS, *PAGE), gives="Images"),
@@ -2768,7 +2769,7 @@ class Application:
         if not path.isascii():
             # Bottle drops what is not UTF-8, so that /image/%FF would be /image/.
             path = path.encode("latin-1").decode(errors="replace").encode().decode("latin-1")
-        return path[:-1] if len(path) > 1 and path.endswith("/") else path
+        return path.removesuffix("/") or "/"
 
     def _guarded(self, route: Route) -> Callable[..., bottle.HTTPResponse]:
         """Return the handler of a route behind the check of who calls."""
@@ -2848,6 +2849,13 @@ class Application:
         except (ServiceError, OSError) as error:
             raise Unavailable(f"Not healthy: {error}") from error
         return answer({"status": "ok"})
+
+    def show_page(self, caller: Caller) -> bottle.HTTPResponse:
+        """Show the page for people at the bench, where Accept names text/html."""
+        accepted = bottle.request.environ.get("HTTP_ACCEPT", "").lower().split(",")
+        if "text/html" not in [kind.partition(";")[0].strip() for kind in accepted]:
+            raise NotFound(headers={"Vary": "Accept"})
+        return bottle.HTTPResponse(PAGE_HTML, 200, PAGE_HEADERS)
 
     def describe(self, caller: Caller) -> bottle.HTTPResponse:
         """Describe this API, as OpenAPI 3.1."""
@@ -3217,8 +3225,9 @@ def response(route: Route, status: int) -> dict[str, Any]:
     described = {"description": http.HTTPStatus(status).phrase}
     if status in (204, 304):
         return described
-    if route.gives == "File" and status < 300:
-        return {**described, "content": {"application/octet-stream": {}}}
+    plain = {"File": "application/octet-stream", "Page": "text/html"}
+    if route.gives in plain and status < 300:
+        return {**described, "content": {plain[route.gives]: {}}}
     name = route.gives if status < 400 else "Error"
     reference = {"$ref": f"#/components/schemas/{name}"}
     return {**described, "content": {"application/json": {"schema": reference}}}
@@ -4113,6 +4122,791 @@ def back_up_store(folder: Path, destination: Path) -> tuple[int, list[str]]:
     return images, faults + found
 
 
+# ------------------------------------------------------------------------------------- page
+# One document for people at the bench, which uses the API as any client does. The script keeps what
+# it knows in `state`; render() shows it, and is called after each change. All text gets into the
+# page as text: labels hold any character.
+
+PAGE_STYLE = r"""
+:root {
+  color-scheme: light dark;
+  --back: #fff; --panel: #f4f6f8; --text: #1b2329; --quiet: #59656f; --line: #d3dae0;
+  --accent: #0b6e75; --on-accent: #fff; --bad: #b3261e; --mark: #8a5a00;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #14191d; --panel: #1d2429; --text: #e4e9ed; --quiet: #a2aeb8; --line: #364149;
+    --accent: #5cc8cf; --on-accent: #10292b; --bad: #ff8a80; --mark: #e8b45a;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body { margin: 0 auto; padding: 0 1rem 3rem; max-width: 68rem; background: var(--back);
+  color: var(--text); font: 1rem/1.5 system-ui, sans-serif; }
+header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; padding: 1rem 0;
+  border-bottom: 1px solid var(--line); margin-bottom: 1.25rem; }
+header h1 { font-size: 1.1rem; margin: 0 auto 0 0; }
+h2 { font-size: 1.4rem; margin: 1rem 0 .5rem; overflow-wrap: anywhere; }
+.panel h2, .panel h3 { font-size: 1rem; margin: 0 0 .75rem; }
+a { color: var(--accent); }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+.panel { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem;
+  padding: 1rem; margin: 0 0 1.25rem; }
+.row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
+.row + .row, .row + p, .row + div, p + .row { margin-top: .75rem; }
+#who { align-items: center; }
+.grow { flex: 1 1 9rem; min-width: 0; }
+.panel > :last-child { margin-bottom: 0; }
+label { display: block; font-size: .875rem; color: var(--quiet); }
+input, select, button { font: inherit; color: var(--text); border: 1px solid var(--quiet);
+  border-radius: .35rem; padding: .4rem .7rem; background: var(--back); max-width: 100%; }
+label input, label select { display: block; width: 100%; margin-top: .15rem; }
+input[type=file] { color: transparent; }  /* the name is shown below, that of a dropped file too */
+::file-selector-button { color: var(--text); }
+button { cursor: pointer; }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.bad { color: var(--bad); border-color: var(--bad); }
+button:disabled { opacity: .55; cursor: default; }
+progress { width: 100%; height: .8rem; accent-color: var(--accent); }
+p { margin: 0 0 .75rem; }
+.quiet, .count { color: var(--quiet); }
+[role=alert] { border-left: 4px solid var(--bad); padding: .5rem .75rem; background: var(--panel);
+  margin-bottom: 1.25rem; overflow-wrap: anywhere; }
+code, pre, .mono { font: .875rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
+pre { margin: 0; overflow-x: auto; }
+[role=alert] pre { white-space: pre-wrap; margin-top: .5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th { text-align: left; font-weight: 600; font-size: .875rem; color: var(--quiet); }
+th, td { padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; overflow-wrap: anywhere; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, th.number { padding-right: 1.5rem; }
+td.time, td.mono { white-space: nowrap; }
+tbody tr.link { cursor: pointer; }
+tbody tr.link:hover { background: var(--panel); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.25rem; margin: 0; }
+dt { color: var(--quiet); }
+dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
+.halves { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 0 1.5rem; }
+svg { display: block; max-width: 100%; height: auto; }
+svg text { font: 12px ui-monospace, Menlo, Consolas, monospace; fill: var(--text); }
+svg .gap-label { fill: var(--quiet); }
+svg .data { fill: var(--accent); }
+svg .gap { fill: none; stroke: var(--line); }
+svg .cut { stroke: var(--quiet); stroke-dasharray: 3 3; }
+svg .entry { fill: var(--mark); }
+dialog { background: var(--back); color: var(--text); border: 1px solid var(--line);
+  border-radius: .5rem; padding: 1.25rem; max-width: min(30rem, 92vw); }
+dialog::backdrop { background: rgb(0 0 0 / 55%); }
+.dropping { outline: 3px dashed var(--accent); outline-offset: -.5rem; min-height: 100vh; }
+@media (max-width: 48rem) {
+  .halves { grid-template-columns: minmax(0, 1fr); }
+  .wide { display: none; }
+  dl { grid-template-columns: minmax(0, 1fr); gap: 0; }
+  dd { margin-bottom: .5rem; }
+  pre { font-size: .68rem; }
+}
+"""
+
+PAGE_SCRIPT = r"""
+"use strict";
+const BASE = location.pathname.replace(/\/+$/, "");  // with the prefix, if there is one
+const ROWS = 200, SEGMENTS = 1000, LINE = 500, DUMP_ROWS = 32, MIB = 1 << 20;
+const TIME = new Intl.DateTimeFormat(undefined, {dateStyle: "medium", timeStyle: "medium"});
+const state = {
+  token: sessionStorage.getItem("token") || "", rights: new Set(), tenant: "",
+  images: [], filter: "", shown: ROWS, image: null, alert: null, news: "",
+  file: null, label: "", version: "", typed: new Set(),
+  upload: null,  // while one is on its way: request, sent, total
+  link: null, lasting: 3600, dump: null, goTo: "",
+};
+
+// Elements and text.
+
+function element(tag, attributes = {}, ...children) {
+  const svg = ["svg", "rect", "text", "path", "line"].includes(tag);
+  const made = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag)
+    : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== false && value != null) made.setAttribute(name, value);
+  }
+  made.append(...children.filter(child => child != null && child !== false));
+  return made;
+}
+
+function plain(text) {  // what would turn round the text beside it is named
+  return text.replace(/[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, character =>
+    "[U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "]");
+}
+
+function size(bytes) {
+  const power = Math.min(Math.floor(Math.log2(Math.max(bytes, 1)) / 10), 4);
+  if (!power) return bytes === 1 ? "1 byte" : `${bytes} bytes`;
+  return `${(bytes / 1024 ** power).toFixed(1)} ${["", "K", "M", "G", "T"][power]}iB`;
+}
+
+const exactSize = bytes => bytes < 1024 ? size(bytes) : `${size(bytes)} (${bytes} bytes)`;
+const hex = (number, digits) => number.toString(16).toUpperCase().padStart(digits, "0");
+const address = number => "0x" + hex(number, 8);
+const button = (text, action, kind = "") =>
+  element("button", {type: "button", class: kind, onclick: action}, text);
+const field = (name, attributes) =>
+  element("label", {class: "grow"}, name, element("input", {autocomplete: "off", ...attributes}));
+
+// The API.
+
+async function ask(method, path, body, headers = {}) {
+  let response;
+  try {
+    response = await fetch(BASE + path, {method, headers: {
+      Authorization: "Bearer " + state.token, ...headers,
+      ...(body ? {"Content-Type": "application/json"} : {}),
+    }, body: body && JSON.stringify(body)});
+  } catch {
+    throw new Error("The connection is broken: is the service running?");
+  }
+  if (!response.ok) throw new Error(sentence(await response.text(), response.status));
+  return response;
+}
+
+function sentence(text, status) {
+  try {
+    const {message, errors} = JSON.parse(text);
+    const faults = Object.entries(errors || {}).map(([name, said]) => `${name}: ${said.join(" ")}`);
+    return [message, ...faults].join("; ");
+  } catch {
+    return `The server answered ${status}`;
+  }
+}
+
+const path = (id, ...parts) => ["/image", encodeURIComponent(id), ...parts].join("/");
+
+function readToken() {  // who it is for and what it may do; the server alone checks it
+  let claims = {};
+  try {
+    const part = state.token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/");
+    const bytes = Uint8Array.from(atob(part), character => character.charCodeAt(0));
+    claims = JSON.parse(new TextDecoder().decode(bytes));
+  } catch { /* the server will say what is wrong with it */ }
+  const scope = Array.isArray(claims.scope) ? claims.scope : String(claims.scope || "").split(" ");
+  const rights = ["read", "write", "delete"];
+  const named = rights.filter(right => scope.includes("image:" + right));
+  state.rights = new Set(named.length ? named : rights);
+  state.tenant = typeof claims.service === "string" ? claims.service : "";
+}
+
+const may = right => state.rights.has(right);
+
+async function attempt(action) {  // shows what went wrong
+  try {
+    await action();
+  } catch (error) {
+    state.alert = {message: error.message, line: error.line};
+    render();
+    document.querySelector("[role=alert]").scrollIntoView({block: "nearest"});
+  }
+}
+
+// Going from one place to another.
+
+let visit = 0;  // an answer that comes when one has gone on is not shown
+
+async function go() {
+  const id = decodeURIComponent(location.hash.slice(1)), now = ++visit;
+  Object.assign(state, {alert: null, link: null, dump: null, goTo: ""});
+  if (!id || !state.image || state.image.id !== id) state.image = null;
+  readToken();
+  await attempt(async () => {
+    if (state.token && may("read")) {
+      const found = await (await ask("GET", id ? path(id) : "/image")).json();
+      if (now !== visit) return;
+      if (id) state.image = found;
+      else state.images = found.reverse();
+    }
+    if (now === visit) render();
+  });
+  if (state.image && now === visit) await attempt(() => showDump(null));
+}
+
+function useToken(event) {
+  event.preventDefault();
+  state.token = event.target.querySelector("input").value.trim().replace(/^Bearer\s+/i, "");
+  sessionStorage.setItem("token", state.token);
+  go();
+}
+
+function forgetToken() {
+  sessionStorage.removeItem("token");
+  Object.assign(state, {token: "", images: [], image: null, file: null, filter: ""});
+  go();
+}
+
+// Uploading.
+
+function choose(file) {
+  if (!file || state.upload) return;
+  const stem = file.name.replace(/\.[A-Za-z]\w{0,4}$/, "");
+  const [, label, version] =
+    /^(.+?)[-_ ]v?(\d+(?:\.\d+)+(?:[-+][\w.+-]*)?)$/i.exec(stem) || [null, stem, ""];
+  Object.assign(state, {file, alert: null, news: ""});
+  if (!state.typed.has("label")) state.label = label.slice(0, 128);
+  if (!state.typed.has("version")) state.version = version.slice(0, 128);
+  render();
+}
+
+async function upload(event) {
+  event.preventDefault();
+  if (!state.file || state.upload) return;
+  Object.assign(state, {alert: null, news: "", upload: {sent: 0, total: state.file.size}});
+  render();
+  const {file, image} = state;
+  let id = image && image.id, left = false;
+  await attempt(async () => {
+    try {
+      if (!id) {
+        const body = {label: state.label, fw_version: state.version};
+        id = (await (await ask("POST", "/image", body)).json()).id;
+        left = true;
+      }
+      await send(file, path(id, "binary"));
+      left = false;
+      Object.assign(state, {file: null, label: "", version: "", typed: new Set()});
+    } catch (error) {
+      if (left) await takeAway(id, error);
+      const [, line] = /\bline (\d+)/.exec(error.message) || [];
+      if (line) error.line = await lineOf(file, Number(line));
+      throw error;
+    } finally {
+      state.upload = null;
+    }
+    state.news = "The binary is stored.";
+    if (location.hash.slice(1) === id) await go();
+    else location.hash = id;
+  });
+}
+
+function send(file, to) {  // fetch() does not tell how much is sent
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    request.open("PUT", BASE + to);
+    request.setRequestHeader("Authorization", "Bearer " + state.token);
+    request.setRequestHeader("Content-Type", "application/octet-stream");
+    const progress = event => {
+      Object.assign(state.upload, {sent: event.loaded, total: event.total});
+      renderProgress();
+    };
+    request.upload.onprogress = request.upload.onload = progress;
+    request.onload = () => request.status < 300 ? resolve()
+      : reject(new Error(sentence(request.responseText, request.status)));
+    request.onerror = () => reject(new Error("The connection broke while the file was sent"));
+    request.onabort = () => reject(new Error("The upload was cancelled"));
+    state.upload.request = request;
+    request.send(file);
+  });
+}
+
+async function takeAway(id, error) {
+  try {
+    if (!may("delete")) throw new Error();
+    await ask("DELETE", path(id));
+  } catch {
+    error.message += `. Image ${id} was left without a binary`;
+  }
+}
+
+async function lineOf(file, number) {
+  const decoder = new TextDecoder("latin1");
+  let rest = "", before = 0;
+  for (let at = 0; at < file.size; at += MIB) {
+    let text = rest + decoder.decode(await file.slice(at, at + MIB).arrayBuffer());
+    const half = text.endsWith("\r") && at + MIB < file.size ? "\r" : "";  // of a line end
+    const lines = text.slice(0, text.length - half.length).split(/\r\n|\r|\n/);
+    rest = at + MIB < file.size ? lines.pop() : "";
+    if (lines.length >= number - before) return cut(lines[number - before - 1]);
+    before += lines.length;
+    rest = rest.slice(0, LINE + 1) + half;
+  }
+  return "";
+}
+
+const cut = text => text.length > LINE ? text.slice(0, LINE) + " … (cut off here)" : text;
+
+// What lies where.
+
+const segments = image => image.hex
+  ? image.hex.segments.map(found => ({at: Number(found.address), size: found.size}))
+  : image.confirmed && image.size ? [{at: 0, size: image.size}] : [];
+
+function drawMap(image) {
+  const parts = segments(image), entry = image.hex.start_address;
+  const gaps = parts.map((part, number) =>
+    number ? part.at - parts[number - 1].at - parts[number - 1].size : 0);
+  const data = parts.reduce((sum, part) => sum + part.size, 0);
+  const long = new Set(gaps.map((gap, number) => [gap, number]).filter(([gap]) => gap > data / 4)
+    .sort((one, other) => other[0] - one[0]).slice(0, 8).map(([, number]) => number));
+  const scaled = gaps.reduce((sum, gap, number) => sum + (long.has(number) ? 0 : gap), data);
+  const scale = 240 / scaled, cutHeight = 34, shapes = [];
+  let y = 14, labelled = -20, drawn = 0, entryAt = null;
+  const label = (text, at, kind) => {
+    if (at < labelled + 14) return;
+    shapes.push(element("text", {x: 104, y: at + 4, class: kind}, text));
+    labelled = at;
+  };
+  parts.forEach((part, number) => {
+    const gap = gaps[number];
+    if (long.has(number)) {
+      const sides = `M12 ${y + 1}v${cutHeight - 2}m76 0v${2 - cutHeight}`;
+      shapes.push(element("path", {class: "cut", d: sides}));
+      label(`gap of ${size(gap)}`, y + cutHeight / 2, "gap-label");
+      y += cutHeight;
+    } else y += gap * scale;
+    const height = part.size * scale;
+    if (y + height - drawn > 0.5) {  // thousands of small ones make one shape to a pixel
+      const seen = Math.max(height, 2);
+      shapes.push(element("rect", {class: "data", x: 12, y, width: 76, height: seen}));
+      drawn = y + seen;
+    }
+    label(address(part.at), y, "");
+    if (entry && Number(entry) >= part.at && Number(entry) < part.at + part.size)
+      entryAt = y + (Number(entry) - part.at) * scale;
+    y += height;
+  });
+  const last = parts[parts.length - 1], end = last.at + last.size;
+  label(`${address(end)} end`, Math.max(y, labelled + 14), "gap-label");
+  if (entryAt !== null) {
+    shapes.push(element("path", {class: "entry", d: `M0 ${entryAt - 6}l12 6l-12 6z`}));
+    shapes.push(element("text", {x: 200, y: entryAt + 4}, "entry point"));
+    shapes.push(element("path", {class: "cut", d: `M90 ${entryAt}h104`}));
+  }
+  const said = `Memory map: ${parts.length} ${parts.length === 1 ? "segment" : "segments"} with `
+    + `${exactSize(data)} from ${address(parts[0].at)} to ${address(end)}`
+    + (entry ? `, entry point ${entry}` : "");
+  const height = Math.max(y, labelled) + 14;
+  return element("svg", {role: "img", "aria-label": said, width: 320, height,
+    viewBox: `0 0 320 ${height}`}, ...shapes);
+}
+
+async function showDump(from) {  // `from` null: the first data
+  const image = state.image, parts = segments(image);
+  if (!parts.length || !may("read")) return;
+  const last = parts[parts.length - 1], rows = [];
+  let at = from === null ? parts[0].at : from, number = 0;
+  while (rows.length < DUMP_ROWS) {
+    while (number < parts.length && parts[number].at + parts[number].size <= at) number++;
+    if (number === parts.length) break;
+    at = Math.max(at, parts[number].at);
+    const row = at - at % 16;
+    rows.push({at: row, bytes: new Array(16).fill(null)});
+    at = row + 16;
+  }
+  if (!rows.length) throw new Error(`The data end at ${address(last.at + last.size)}`);
+  for (const [begin, end] of spans(rows)) {
+    const bytes = await readBytes(image, begin, end);
+    for (const row of rows) if (row.at >= begin && row.at < end) fillRow(row, bytes, begin, parts);
+  }
+  if (state.image !== image) return;
+  const before = rows[0].at > parts[0].at;
+  state.dump = {rows, next: number < parts.length && at < last.at + last.size ? at : null, before};
+  render();
+}
+
+function spans(rows) {  // what is fetched together: rows with little between them
+  const found = [];
+  for (const {at} of rows) {
+    const last = found[found.length - 1];
+    if (last && at - last[1] < 4096) last[1] = at + 16;
+    else found.push([at, at + 16]);
+  }
+  return found;
+}
+
+async function readBytes(image, begin, end) {
+  const where = path(image.id, "binary");
+  const response = image.hex
+    ? await ask("GET", `${where}?format=bin&start=${begin}&end=${Math.min(end, 2 ** 32)}`)
+    : await ask("GET", where, null, {Range: `bytes=${begin}-${end - 1}`});
+  return new Uint8Array(await response.arrayBuffer());
+}
+
+function fillRow(row, bytes, begin, parts) {
+  let low = 0, high = parts.length;  // the first segment that ends behind the row's begin
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (parts[middle].at + parts[middle].size > row.at) high = middle;
+    else low = middle + 1;
+  }
+  for (let column = 0; column < 16; column++) {
+    const at = row.at + column;
+    while (low < parts.length && parts[low].at + parts[low].size <= at) low++;
+    if (low < parts.length && at >= parts[low].at) row.bytes[column] = bytes[at - begin];
+  }
+}
+
+function dumpText({rows}) {
+  const lines = [];
+  rows.forEach((row, number) => {
+    const gap = number ? row.at - rows[number - 1].at - 16 : 0;
+    if (gap) lines.push(`          .. gap of ${size(gap)}`);
+    const digits = row.bytes.map(byte => byte === null ? ".." : hex(byte, 2)).join(" ");
+    const text = row.bytes.map(byte => byte === null ? " "
+      : byte > 31 && byte < 127 ? String.fromCharCode(byte) : "·").join("");
+    lines.push(`${hex(row.at, 8)}  ${digits}  ${text}`);
+  });
+  return lines.join("\n");
+}
+
+// Links and copies.
+
+const fileName = image =>
+  `${image.label}-${image.fw_version}`.replace(/[^A-Za-z0-9._+-]+/g, "_").slice(0, 100);
+const quoted = text => "'" + text.replace(/'/g, "'\\''") + "'";
+
+async function makeLink(image, seconds) {
+  const response = await ask("POST", path(image.id, "binary", "link"), {expires_in: seconds});
+  const made = await response.json();
+  return {...made, url: new URL(made.url, location.href).href};
+}
+
+async function download(event, image, window) {  // by a link, as a browser sends no token
+  event.preventDefault();
+  await attempt(async () => {
+    const query = new URL((await makeLink(image, 3600)).url).search;
+    const to = BASE + path(image.id, "binary") + query + window;
+    const anchor = element("a", {href: to, download: ""});
+    document.body.append(anchor);
+    anchor.click();
+    anchor.remove();
+  });
+}
+
+async function copy(text, event) {
+  const pressed = event.currentTarget;
+  if (navigator.clipboard) await navigator.clipboard.writeText(text);
+  else {  // over plain http there is none
+    const area = element("textarea", {"aria-hidden": "true", tabindex: -1});
+    area.value = text;
+    pressed.after(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+    pressed.focus();
+  }
+  document.getElementById("news").textContent = "Copied.";
+}
+
+// Deleting.
+
+function confirmDeletion(question, action) {
+  const dialog = element("dialog", {"aria-label": question, onclose: () => dialog.remove()},
+    element("p", {}, question),
+    element("div", {class: "row"},
+      button("Delete", () => { dialog.close(); attempt(action); }, "bad"),
+      button("Cancel", () => dialog.close())));
+  document.body.append(dialog);
+  dialog.showModal();
+  dialog.querySelector("button:last-of-type").focus();
+}
+
+async function deleteBinary() {
+  await ask("DELETE", path(state.image.id, "binary"));
+  await go();
+}
+
+async function deleteImage() {
+  await ask("DELETE", path(state.image.id));
+  location.hash = "";
+}
+
+// Showing the state.
+
+function render() {
+  const active = document.activeElement, name = active && active.id;
+  const selection = name && active.selectionStart;
+  document.getElementById("who").replaceChildren(...whoView());
+  document.getElementById("content").replaceChildren(
+    ...[alertView(), ...(state.token ? placeView() : [tokenView()])].filter(Boolean));
+  document.getElementById("news").textContent = state.news;
+  const again = name && document.getElementById(name);
+  if (again && again !== document.activeElement) {
+    again.focus({preventScroll: true});
+    if (again.setSelectionRange && selection != null) again.setSelectionRange(selection, selection);
+  }
+  document.title = state.image ? `${plain(state.image.label)} - Image Manager` : "Image Manager";
+}
+
+function whoView() {
+  if (!state.token) return [];
+  const missing = ["read", "write", "delete"].filter(right => !may(right));
+  return [
+    state.tenant && element("span", {class: "quiet"}, `Tenant ${plain(state.tenant)}`),
+    ...missing.map(right => element("span", {class: "quiet"}, `This token may not ${right}`)),
+    button("Forget token", forgetToken),
+  ].filter(Boolean);
+}
+
+function alertView() {
+  if (!state.alert) return null;
+  const {message, line} = state.alert;
+  return element("div", {role: "alert"}, plain(message), line && element("pre", {}, plain(line)));
+}
+
+function tokenView() {
+  return element("form", {class: "panel", onsubmit: useToken},
+    element("p", {}, "A token lets you in. Whoever runs the service makes one with ",
+      element("code", {}, "python image_manager.py token"), "."),
+    element("div", {class: "row"},
+      field("Token", {id: "token", required: true, spellcheck: "false", class: "mono"}),
+      element("button", {class: "main"}, "Use token")));
+}
+
+function placeView() {
+  if (!may("read")) return [may("write") && uploadView()];
+  if (state.image) return imageView(state.image);
+  if (location.hash.length > 1) return [backLink()];
+  return [may("write") && uploadView(), listView()];
+}
+
+const backLink = () => element("p", {}, element("a", {href: "#"}, "All images"));
+
+function uploadView() {
+  const {file, image, upload: sending} = state;
+  const text = (name, key) => field(name, {id: key, required: true, maxlength: 128,
+    value: state[key], disabled: Boolean(sending), spellcheck: "false",
+    oninput: event => { state[key] = event.target.value; state.typed.add(key); }});
+  const chosen = element("label", {class: "grow"}, "File", element("input", {
+    id: "file", type: "file", disabled: Boolean(sending), onchange: event => {
+      choose(event.target.files[0]);
+      event.target.value = "";  // or the same file, mended, could not be chosen again
+    }}));
+  return element("form", {class: "panel", onsubmit: upload},
+    image ? element("h3", {}, "Upload the binary") : element("h2", {}, "Upload an image"),
+    element("div", {class: "row"}, chosen,
+      !image && text("Label", "label"), !image && text("Version", "version"),
+      element("button", {class: "main", disabled: !file || Boolean(sending)}, "Upload")),
+    element("p", {class: "quiet"}, file ? `${plain(file.name)}, ${exactSize(file.size)}`
+      : "Choose a file, or drop one anywhere on this page."),
+    sending && element("div", {class: "row"},
+      element("progress", {id: "progress", class: "grow", max: 1, value: 0,
+        "aria-label": "Upload"}),
+      element("span", {id: "sent", role: "status"}, "0 %"),
+      button("Cancel", () => sending.request && sending.request.abort())));
+}
+
+function renderProgress() {
+  const {sent, total} = state.upload, bar = document.getElementById("progress");
+  if (!bar) return;
+  bar.value = total ? sent / total : 1;
+  document.getElementById("sent").textContent = sent < total
+    ? `${Math.floor(100 * sent / total)} %` : "All is sent: the server checks it";
+}
+
+const matching = () => {
+  const wanted = state.filter.trim().toLowerCase();
+  return wanted ? state.images.filter(image =>
+    `${image.label}\n${image.fw_version}\n${image.id}`.toLowerCase().includes(wanted))
+    : state.images;
+};
+
+function listView() {
+  const rows = element("tbody"), count = element("p", {class: "count", role: "status"});
+  const more = button("Show more", () => { state.shown += ROWS; fill(); });
+  const fill = () => {
+    const found = matching();
+    rows.replaceChildren(...found.slice(0, state.shown).map(listRow));
+    count.textContent = !state.images.length ? "No image is stored yet."
+      : `${found.length} of ${state.images.length} images`;
+    more.hidden = found.length <= state.shown;
+  };
+  fill();
+  const filter = field("Filter", {id: "filter", type: "search", value: state.filter,
+    oninput: event => { state.filter = event.target.value; state.shown = ROWS; fill(); }});
+  const heads = [["Label", ""], ["Version", ""], ["Size", "number"], ["Checked", "wide"],
+    ["Created", "wide"]];
+  return element("section", {}, element("div", {class: "row"}, filter), count,
+    table(heads, rows), more);
+}
+
+function table(heads, rows) {
+  const cells = heads.map(([name, kind]) => element("th", {scope: "col", class: kind}, name));
+  return element("table", {}, element("thead", {}, element("tr", {}, ...cells)), rows);
+}
+
+function listRow(image) {
+  const to = "#" + encodeURIComponent(image.id);
+  return element("tr", {class: "link", onclick: () => { location.hash = to; }},
+    element("td", {}, element("a", {href: to}, plain(image.label))),
+    element("td", {}, plain(image.fw_version)),
+    element("td", {class: "number"}, image.confirmed ? size(image.size) : "no binary"),
+    element("td", {class: "wide"}, !image.confirmed ? "" : image.checked ? "sound" : "unchecked"),
+    element("td", {class: "wide time"}, TIME.format(new Date(image.created))));
+}
+
+function imageView(image) {
+  const layout = image.hex, warnings = layout ? layout.warnings : [];
+  const drawn = layout && layout.segments.length > 0;
+  return [
+    backLink(),
+    element("h2", {}, `${plain(image.label)} ${plain(image.fw_version)}`),
+    memberView(image),
+    image.confirmed ? downloadView(image, drawn) : may("write") && uploadView(),
+    warnings.length > 0 && element("section", {class: "panel"}, element("h3", {}, "Warnings"),
+      element("ul", {}, ...warnings.map(text => element("li", {}, text)))),
+    drawn && element("section", {class: "panel"}, element("h3", {}, "Memory map"),
+      element("div", {class: "halves"}, drawMap(image), segmentTable(image))),
+    state.dump && dumpView(),
+    may("delete") && element("section", {class: "row"},
+      image.confirmed && button("Delete binary", () =>
+        confirmDeletion("Delete the binary of this image?", deleteBinary), "bad"),
+      button("Delete image", () =>
+        confirmDeletion("Delete this image and its binary?", deleteImage), "bad")),
+  ].filter(Boolean);
+}
+
+function memberView(image) {
+  const time = text => TIME.format(new Date(text));
+  const members = [
+    ["Id", element("code", {}, image.id)],
+    ["Created", time(image.created)],
+    ["Updated", image.updated && time(image.updated)],
+    ["Binary", image.confirmed ? "confirmed: it is stored" : "not confirmed: there is none yet"],
+    ["Size", image.confirmed && exactSize(image.size)],
+    ["SHA-256", image.confirmed && element("code", {}, image.sha256)],
+    ["Check", image.confirmed && (image.checked ? "checked: sound Intel HEX"
+      : "not checked: stored as it is")],
+    ["Records", image.hex && `${image.hex.records}, with ${exactSize(image.hex.bytes)} of data`],
+    ["Entry point", image.hex && image.hex.start_address],
+  ].filter(([, value]) => value);
+  const rows = members.flatMap(([name, value]) =>
+    [element("dt", {}, name), element("dd", {}, value)]);
+  return element("section", {class: "panel"}, element("dl", {}, ...rows));
+}
+
+function downloadView(image, drawn) {
+  const times = [["1 hour", 3600], ["1 day", 86400], ["7 days", 604800], ["30 days", 2592000]];
+  const lasting = element("select", {id: "lasting", onchange: event => {
+    state.lasting = Number(event.target.value);
+  }}, ...times.map(([name, seconds]) =>
+    element("option", {value: seconds, selected: seconds === state.lasting}, name)));
+  const make = () => attempt(async () => {
+    state.link = await makeLink(image, state.lasting);
+    render();
+  });
+  const file = (name, window) => element("a", {href: "#" + encodeURIComponent(image.id),
+    onclick: event => download(event, image, window)}, name);
+  return element("section", {class: "panel"}, element("h3", {}, "Download"),
+    element("p", {}, file("hex", ""), drawn && " · ", drawn && file("bin", "&format=bin")),
+    element("div", {class: "row"}, element("label", {}, "Valid for", lasting),
+      button("Make a link", make)),
+    state.link && linkView(image));
+}
+
+function linkView(image) {
+  const {url, expires} = state.link, name = quoted(fileName(image) + ".hex");
+  const lines = [["Link", url], ["With curl", `curl -f -C - -o ${name} ${quoted(url)}`],
+    ["With wget", `wget -c -O ${name} ${quoted(url)}`]];
+  return element("div", {}, element("p", {class: "quiet"},
+    `Whoever has it can download until ${TIME.format(new Date(expires))}.`),
+  ...lines.map(([title, text]) => element("div", {class: "row"},
+    field(title, {value: text, readonly: true, class: "mono"}),
+    button("Copy", event => copy(text, event)))));
+}
+
+function segmentTable(image) {
+  const found = image.hex.segments;
+  const rows = found.slice(0, SEGMENTS).map(part => element("tr", {},
+    element("td", {class: "mono"}, part.address),
+    element("td", {class: "mono"}, address(Number(part.address) + part.size - 1)),
+    element("td", {class: "number"}, exactSize(part.size))));
+  const more = found.length - rows.length;
+  return element("div", {class: "scroll", tabindex: 0, role: "group", "aria-label": "Segments"},
+    table([["From", ""], ["To", ""], ["Size", "number"]], element("tbody", {}, ...rows)),
+    more > 0 && element("p", {class: "quiet"}, `and ${more} more segments`));
+}
+
+function dumpView() {
+  const jump = event => {
+    event.preventDefault();
+    const text = state.goTo.trim();
+    attempt(async () => {
+      if (!/^(0x[0-9a-f]{1,8}|\d{1,10})$/i.test(text))
+        throw new Error("Go to takes an address: 0x08000000, or a decimal number");
+      state.alert = null;
+      await showDump(Number(text));
+    });
+  };
+  const {next, before} = state.dump;
+  return element("section", {class: "panel"}, element("h3", {}, "Contents"),
+    element("form", {class: "row", onsubmit: jump},
+      field("Go to", {id: "goto", spellcheck: "false", placeholder: "0x08000000",
+        value: state.goTo, oninput: event => { state.goTo = event.target.value; }}),
+      button("First", () => attempt(() => showDump(null))),
+      element("button", {type: "button", disabled: next === null,
+        onclick: () => attempt(() => showDump(next))}, "Next")),
+    element("p", {}),
+    element("pre", {id: "dump", tabindex: 0, "aria-label": "Hex dump"}, dumpText(state.dump)));
+}
+
+addEventListener("hashchange", go);
+addEventListener("dragover", event => {
+  event.preventDefault();
+  document.body.classList.add("dropping");
+});
+addEventListener("dragleave", () => document.body.classList.remove("dropping"));
+addEventListener("drop", event => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  if (state.token && may("write")) choose(event.dataTransfer.files[0]);
+});
+go();
+"""
+
+PAGE_ICON = urllib.parse.quote(
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">'
+    '<path fill="#0b6e75" d="M1 1h6v6H1z"/></svg>'
+)
+PAGE_HTML = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Image Manager</title>
+<link rel="icon" href="data:image/svg+xml,{PAGE_ICON}">
+<style>{PAGE_STYLE}</style>
+</head>
+<body>
+<header><h1>Image Manager</h1><span id="who" class="row"></span></header>
+<main>
+<p id="news" role="status"></p>
+<div id="content"><noscript>This page needs JavaScript.</noscript></div>
+</main>
+<script>{PAGE_SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def page_hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Content-Security-Policy": "; ".join([
+        "default-src 'none'", f"script-src {page_hash(PAGE_SCRIPT)}",
+        f"style-src {page_hash(PAGE_STYLE)}", "connect-src 'self'", "img-src data:",
+        "frame-ancestors 'none'", "base-uri 'none'", "form-action 'none'",
+        "require-trusted-types-for 'script'",
+    ]),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+    "Vary": "Accept",
+}  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------- command line
 
 
@@ -4131,6 +4925,7 @@ def serve(settings: Settings) -> int:
         if settings.access_log:
             AccessLog(settings.access_log).close()  # workers would fail one after the other
         told = [f"listening on {address(listener)}{settings.url_prefix}"]
+        told.append("the address opens in a browser, too")
         told.append(f"storing {application.catalogue.total()} images in {settings.data}")
         told += token_hint(settings)
         application.catalogue.disconnect()  # no connection of SQLite may cross a fork

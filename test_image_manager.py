@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import email.utils
 import errno
+import fcntl
 import functools
 import hashlib
 import hmac
@@ -24,6 +25,7 @@ import json
 import multiprocessing
 import operator
 import os
+import queue
 import random
 import re
 import selectors
@@ -5192,6 +5194,579 @@ def test_application_works_under_another_server(app):
         finally:
             other.shutdown()
             thread.join()
+
+
+# ------------------------------------------------------------------------------------- page
+
+
+HTML = {"Accept": "text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"}
+
+
+@pytest.mark.parametrize("prefix", ["", "/fw-image"])
+def test_page_is_shown_to_who_asks_for_html_alone(settings, prefix):
+    with contextlib.closing(create_app(Settings(data=settings.data, url_prefix=prefix))) as app:
+        client = client_of(app)
+        client.authorization = None
+        for path in {"/", prefix or "/", prefix + "/"}:
+            page = client.get(path, HTML)
+            assert page.content_type == "text/html" and page.charset == "utf-8"
+            assert client.head(path, HTML).headers["Content-Length"] == str(len(page.body))
+            for accept in ("*/*", "application/json", "text/plain", "", "text/html-not"):
+                response = client.get(path, {"Accept": accept}, status=404)
+                error(response, 404, "No such path")
+                assert response.headers["Vary"] == page.headers["Vary"] == "Accept"
+        assert client.post("/", headers=HTML, status=405).headers["Allow"] == "GET, HEAD"
+
+
+def test_page_may_load_nothing_but_its_own_script_and_style(client):
+    page = client.get("/", HTML)
+    policy = dict(
+        part.partition(" ")[::2] for part in page.headers["Content-Security-Policy"].split("; ")
+    )
+    assert policy == {
+        "default-src": "'none'",
+        "script-src": hash_source(page.text, "script"),
+        "style-src": hash_source(page.text, "style"),
+        "connect-src": "'self'",
+        "img-src": "data:",
+        "frame-ancestors": "'none'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "require-trusted-types-for": "'script'",
+    }
+    assert page.headers["X-Content-Type-Options"] == "nosniff"
+    assert page.headers["Referrer-Policy"] == "no-referrer"
+    assert page.headers["Cache-Control"] == "no-cache"
+    assert "Set-Cookie" not in page.headers
+    assert not re.search(r"innerHTML|outerHTML|document\.write|eval\(| style=|@import", page.text)
+
+
+def hash_source(text, tag):
+    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+class Browser:
+    """Chromium without a window, driven by its DevTools protocol over two pipes."""
+
+    def __init__(self, program, folder):
+        commands, answers = os.pipe(), os.pipe()
+        # It reads from file 3 and writes to 4, which may be taken by these very pipes.
+        spare = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (commands[0], answers[1])]
+        files = [(os.POSIX_SPAWN_DUP2, end, place) for end, place in zip(spare, (3, 4))]
+        files += [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_WRONLY, 0) for n in (1, 2)]
+        words = [program, "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu",
+                 "--disable-dev-shm-usage", "--no-first-run", f"--user-data-dir={folder}"]  # fmt: skip
+        self._process = os.posix_spawn(program, words, ENVIRON, file_actions=files, setpgroup=0)
+        for end in (commands[0], answers[1], *spare):
+            os.close(end)
+        self._commands = open(commands[1], "wb", buffering=0)
+        self._answers = open(answers[0], "rb", buffering=0)
+        self._numbers, self._messages, self.events = itertools.count(1), queue.Queue(), []
+        self._listener = threading.Thread(target=self._listen)
+        self._listener.start()
+
+    def _listen(self):
+        rest = b""
+        while block := self._answers.read(MIB):
+            *messages, rest = (rest + block).split(b"\0")
+            for message in map(json.loads, messages):
+                self._messages.put(message) if "id" in message else self.events.append(message)
+
+    def ask(self, method, session=None, **parameters):
+        """Give a command; return its result."""
+        message = {"id": next(self._numbers), "method": method, "params": parameters}
+        message |= {"sessionId": session} if session else {}
+        self._commands.write(json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._messages.get(timeout=30)
+            if answer["id"] == message["id"]:
+                assert "error" not in answer, (method, answer)
+                return answer["result"]
+
+    def close(self):
+        os.killpg(self._process, signal.SIGKILL)
+        os.waitpid(self._process, 0)
+        self._listener.join()
+        self._commands.close()
+        self._answers.close()
+
+
+# The path of axe.min.js, of the npm package axe-core; where it is given, no story may be skipped.
+AXE = os.environ.get("AXE")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if not program or not hasattr(os, "posix_spawn"):
+        (pytest.fail if AXE else pytest.skip)("needs Chromium")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        with contextlib.closing(Browser(program, folder)) as browser:
+            yield browser
+
+
+class Tab:
+    """A tab that shows a server's page; what is on it is found as a person finds it."""
+
+    FIND = """
+    const visible = found => found.filter(one => one.getClientRects().length);
+    const button = name => visible([...document.querySelectorAll("button, a")])
+        .filter(one => one.textContent === name).pop();
+    const field = name => visible([...document.querySelectorAll("label")])
+        .find(one => one.firstChild.textContent === name)?.querySelector("input, select");
+    const text = () => document.body?.innerText ?? "";
+    const alert = () => document.querySelector("[role=alert]")?.innerText || "";
+    """
+
+    def __init__(self, browser, server, token="", path="/", width=1360):
+        self.browser, self.server = browser, server
+        self._context = browser.ask("Target.createBrowserContext")["browserContextId"]
+        self._target = browser.ask(
+            "Target.createTarget", url="about:blank", browserContextId=self._context
+        )["targetId"]
+        found = browser.ask("Target.attachToTarget", targetId=self._target, flatten=True)
+        self._session = found["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
+            self.ask(f"{domain}.enable")
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900,
+                 deviceScaleFactor=1, mobile=False)  # fmt: skip
+        self.go(path)
+        if token:
+            self.fill("Token", token)
+            self.click("Use token")
+
+    def ask(self, method, **parameters):
+        return self.browser.ask(method, self._session, **parameters)
+
+    def go(self, path):
+        self.ask("Page.navigate", url=self.server.url + path)
+        self.wait(
+            "document.readyState === 'complete' && button('Use token') || button('Forget token')"
+        )
+
+    def js(self, expression):
+        script = f"(() => {{ {self.FIND}; return {expression}; }})()"
+        done = self.ask(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
+        assert "exceptionDetails" not in done, (expression, done["exceptionDetails"])
+        return done["result"].get("value")
+
+    def wait(self, expression, seconds=10):
+        """Wait until an expression is true."""
+        end = time.monotonic() + seconds
+        while not self.js(f"!!({expression})"):
+            assert time.monotonic() < end, (expression, self.js("text()"))
+            time.sleep(0.02)
+
+    def sees(self, *texts):
+        for text in texts:
+            self.wait(f"text().includes({json.dumps(text)})")
+
+    def fill(self, name, text):
+        self.wait(f"field({json.dumps(name)})")
+        self.js(f"field({json.dumps(name)}).select()")
+        self.ask("Input.insertText", text=text)
+
+    def click(self, name):
+        self.wait(f"button({json.dumps(name)}) && !button({json.dumps(name)}).disabled")
+        self.js(f"button({json.dumps(name)}).click()")
+
+    def press(self, key, code=0, text=""):
+        for kind in ("keyDown", "keyUp"):
+            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, text=text,
+                     windowsVirtualKeyCode=code)  # fmt: skip
+
+    def choose(self, path):
+        self.wait("field('File')")
+        root = self.ask("DOM.getDocument")["root"]["nodeId"]
+        node = self.ask("DOM.querySelector", nodeId=root, selector="input[type=file]")["nodeId"]
+        self.ask("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+        self.sees(path.name)
+
+    def save_downloads_in(self, folder):
+        where = {"browserContextId": self._context, "downloadPath": str(folder)}
+        self.browser.ask("Browser.setDownloadBehavior", behavior="allow", **where)
+
+    def open(self, image_id):
+        self.js(f"location.hash = {json.dumps(image_id)}")
+        self.sees(image_id)
+
+    def events(self, method):
+        return [event["params"] for event in self.browser.events
+                if event.get("sessionId") == self._session and event["method"] == method]  # fmt: skip
+
+    def close(self):
+        """End; nothing may have gone wrong in the page, and nothing come from elsewhere."""
+        thrown = self.events("Runtime.exceptionThrown") + self.events("Runtime.consoleAPICalled")
+        entries = [event["entry"] for event in self.events("Log.entryAdded")]
+        thrown += [entry for entry in entries if entry["source"] != "network"]
+        asked = {event["request"]["url"] for event in self.events("Network.requestWillBeSent")}
+        elsewhere = [url for url in asked if not url.startswith((self.server.url, "data:"))]
+        self.browser.ask("Target.disposeBrowserContext", browserContextId=self._context)
+        assert not thrown and not elsewhere and not any("favicon" in url for url in asked)
+
+
+@pytest.fixture
+def bench(browser, tmp_path):
+    """Lend a server and what opens tabs on it."""
+    with running(Settings(data=tmp_path / "data")) as server, contextlib.ExitStack() as closing:
+
+        def tab(*scope, **others):
+            token = server.token(scope=scope)
+            return closing.enter_context(contextlib.closing(Tab(browser, server, token, **others)))
+
+        yield server, tab
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def layout_of_gaps():
+    """Return a file with 20 bytes at 0x100, 4 at 0x08000000, and an entry point."""
+    lines = [record(0, 0x100, bytes(range(65, 85))), record(4, 0, b"\x08\0"),
+             record(0, 0, b"\xff\xffab"), record(5, 0, b"\x08\0\0\x02"), END]  # fmt: skip
+    return "".join(lines).encode()
+
+
+def test_page_lets_in_by_a_token_alone_and_forgets_it(bench, browser):
+    server, tab = bench
+    with contextlib.closing(Tab(browser, server)) as stranger:
+        stranger.fill("Token", "nonsense")
+        stranger.press("Enter", 13, "\r")
+        stranger.wait("alert().includes('Invalid authorization token')")
+        stranger.click("Forget token")
+        stranger.fill("Token", "Bearer " + server.token("lab"))
+        stranger.click("Use token")
+        stranger.sees("Tenant lab", "No image is stored yet.")
+        stranger.ask("Page.reload")
+        stranger.sees("Tenant lab")
+        stranger.click("Forget token")
+        stranger.wait("button('Use token')")
+        assert stranger.js("[sessionStorage.length, localStorage.length, document.cookie]") == [
+            0,
+            0,
+            "",
+        ]
+        stranger.ask("Page.reload")
+        stranger.wait("button('Use token')")
+
+
+def test_page_takes_a_file_in_one_step_and_shows_what_is_in_it(bench, tmp_path):
+    _, tab = bench
+    page = tab()
+    page.choose(write(tmp_path / "sensor-v1.2.0-rc.1.hex", layout_of_gaps()))
+    assert page.js("[field('Label').value, field('Version').value]") == ["sensor", "1.2.0-rc.1"]
+    page.fill("Label", "my sensor")
+    page.choose(write(tmp_path / "fw_nightly.hex", layout_of_gaps()))
+    assert page.js("[field('Label').value, field('Version').value]") == ["my sensor", ""]
+    page.fill("Version", "2.0.0")
+    page.click("Upload")
+    page.sees("my sensor 2.0.0", "checked: sound Intel HEX", "confirmed", "entry point",
+              "0x08000000", "24 bytes", "gap of 128.0 MiB")  # fmt: skip
+    assert page.js("document.querySelector('svg[role=img]').getAttribute('aria-label')") == (
+        "Memory map: 2 segments with 24 bytes from 0x00000100 to 0x08000004, entry point 0x08000002"
+    )
+    dump = page.js("document.querySelector('#dump').textContent").splitlines()
+    letters = " ".join(f"{number:02X}" for number in range(65, 81))
+    assert dump[0] == f"00000100  {letters}  ABCDEFGHIJKLMNOP"
+    assert dump[1] == "00000110  51 52 53 54" + " .." * 12 + "  QRST" + " " * 12
+    assert dump[2].strip() == ".. gap of 128.0 MiB"
+    assert dump[3] == "08000000  FF FF 61 62" + " .." * 12 + "  ··ab" + " " * 12
+    page.fill("Go to", "0x200")
+    page.press("Enter", 13, "\r")
+    page.wait("document.querySelector('#dump').textContent.startsWith('08000000')")
+    page.fill("Go to", "9999999999")
+    page.press("Enter", 13, "\r")
+    page.wait("alert().includes('The data end at 0x08000004')")
+    asked = [event["request"]["url"] for event in page.events("Network.requestWillBeSent")]
+    windows = [url.partition("?")[2] for url in asked if "format=bin" in url]
+    assert set(windows) == {
+        "format=bin&start=256&end=288",
+        "format=bin&start=134217728&end=134217744",
+    }
+
+
+def test_page_shows_a_refusal_with_the_line_and_leaves_nothing_behind(bench, tmp_path):
+    server, tab = bench
+    page = tab()
+    lines = firmware(50_000)[0].split(b"\r\n")
+    lines[2000] = lines[2000][:-4] + b"x" * 600
+    page.choose(write(tmp_path / "bad-1.0.0.hex", b"\r\n".join(lines)))
+    page.click("Upload")
+    page.wait("alert().includes('line 2001: ')")
+    shown = lines[2000][:500].decode() + " … (cut off here)"
+    assert page.js("document.querySelector('[role=alert] pre').textContent") == shown
+    assert server.application.catalogue.total() == 0
+    good = write(tmp_path / "bad-1.0.0.hex", firmware()[0])
+    page.choose(good)
+    page.click("Upload")
+    page.sees("The binary is stored.")
+
+
+def test_page_says_which_image_was_left_where_it_may_not_delete(bench, tmp_path):
+    server, tab = bench
+    page = tab("read", "write")
+    page.sees("This token may not delete")
+    page.choose(write(tmp_path / "bad-1.0.0.hex", b":00000001"))
+    page.click("Upload")
+    page.wait("alert().includes('was left without a binary')")
+    (image,) = json.loads(server.application.catalogue.list_json("admin", {}))
+    assert image["id"] in page.js("alert()")
+    page.open(image["id"])
+    page.wait("!button('Delete image')")
+    page.choose(write(tmp_path / "good.hex", firmware()[0]))
+    assert page.js("!field('Label') && !field('Version')")
+    page.click("Upload")
+    page.sees("checked: sound Intel HEX")
+
+
+def test_page_shows_progress_and_an_upload_can_be_cancelled(bench, tmp_path):
+    server, tab = bench
+    page = tab()
+    slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 2_000_000}
+    page.ask("Network.emulateNetworkConditions", **slow)
+    page.choose(write(tmp_path / "large-1.0.0.bin", bytes(4 * MIB)))
+    page.click("Upload")
+    page.wait("/[1-9]\\d? %/.test(text()) && document.querySelector('progress').value > 0")
+    page.click("Cancel")
+    page.wait("alert().includes('The upload was cancelled')")
+    wait_until(lambda: server.application.catalogue.total() == 0)
+    page.ask("Network.emulateNetworkConditions", **{**slow, "uploadThroughput": -1})
+    held = threading.Event()
+    with pytest.MonkeyPatch.context() as patched:
+        publish = BinaryStore.publish
+        patched.setattr(BinaryStore, "publish", lambda *a: held.wait(10) and publish(*a))
+        page.click("Upload")
+        page.sees("All is sent: the server checks it")
+        held.set()
+        page.sees("not checked: stored as it is", "4.0 MiB (4194304 bytes)")
+
+
+def test_page_says_that_a_connection_broke(bench, tmp_path):
+    _, tab = bench
+    page = tab()
+    page.choose(write(tmp_path / "a-1.0.0.hex", firmware()[0]))
+    page.ask("Network.emulateNetworkConditions", offline=True, latency=0,
+             downloadThroughput=-1, uploadThroughput=-1)  # fmt: skip
+    page.click("Upload")
+    page.wait("alert().includes('The connection is broken')")
+
+
+def test_page_shows_a_refusal_of_the_header_while_it_still_sends(browser, tmp_path):
+    settings = Settings(data=tmp_path / "data", max_upload=MIB)
+    with running(settings) as server:
+        with contextlib.closing(Tab(browser, server, server.token())) as page:
+            page.choose(write(tmp_path / "large-1.0.0.bin", bytes(100 * MIB)))
+            page.click("Upload")
+            page.wait("alert().includes('larger than the 1048576 bytes')")
+    assert server.application.catalogue.total() == 0
+
+
+def test_page_makes_links_and_commands_that_work(bench, tmp_path):
+    server, tab = bench
+    page = tab()
+    content = layout_of_gaps()
+    page.choose(write(tmp_path / "fw-1.0.0.hex", content))
+    page.fill("Label", "it's $(reboot) `x` \u202e;")
+    page.click("Upload")
+    page.sees("it's $(reboot) `x` [U+202E];")
+    page.js("field('Valid for').value = 86400")
+    page.js("field('Valid for').dispatchEvent(new Event('change'))")
+    page.click("Make a link")
+    page.wait("field('Link')")
+    link = page.js("field('Link').value")
+    assert urllib.request.urlopen(link).read() == content
+    expires = int(urllib.parse.parse_qs(link.partition("?")[2])["expires"][0])
+    assert abs(expires - time.time() - 86400) < 60
+    for name, tool in (("With curl", "curl"), ("With wget", "wget")):
+        if shutil.which(tool):
+            folder = tmp_path / tool
+            folder.mkdir()
+            run("sh", "-ec", page.js(f"field('{name}').value"), cwd=folder, check=True)
+            assert (folder / "it_s_reboot_x_-1.0.0.hex").read_bytes() == content
+    copies = page.js(
+        "[...document.querySelectorAll('button')].filter(b => b.textContent === 'Copy').length"
+    )
+    assert copies == 3
+    page.js(
+        "document.oncopy = () => window.copied = getSelection().toString() || document.activeElement.value"
+    )
+    page.js("navigator.__proto__.__defineGetter__('clipboard', () => undefined)")
+    page.click("Copy")
+    page.sees("Copied.")
+    assert page.js("window.copied").startswith("wget -c")
+    folder = tmp_path / "downloads"
+    page.save_downloads_in(folder)
+    for name, wanted in (("hex", content), ("bin", None)):
+        page.click(name)
+        path = folder / f"it_s_reboot_x_-1.0.0.{name}"
+        wait_until(lambda path=path: path.exists() and path.stat().st_size > 0, 20)
+        if wanted:
+            assert path.read_bytes() == wanted
+
+
+def test_page_deletes_after_it_has_asked(bench):
+    server, tab = bench
+    client = client_of(server.application)
+    image_id = client.stored()
+    page = tab()
+    page.open(image_id)
+    page.click("Delete binary")
+    page.wait("document.querySelector('dialog[open]')")
+    page.press("Escape", 27)
+    page.wait("!document.querySelector('dialog')")
+    page.click("Delete image")
+    page.click("Cancel")
+    page.wait("!document.querySelector('dialog')")
+    assert client.get(f"/image/{image_id}").json["confirmed"]
+    page.click("Delete binary")
+    page.click("Delete")
+    page.sees("not confirmed")
+    page.click("Delete image")
+    page.click("Delete")
+    page.sees("No image is stored yet.")
+    client.get(f"/image/{image_id}", status=404)
+
+
+def test_page_offers_a_token_what_it_may_do_and_says_the_rest(bench):
+    server, tab = bench
+    image_id = client_of(server.application).stored()
+    page = tab("read")
+    page.sees("This token may not write", "This token may not delete", "sensor")
+    assert page.js("!button('Upload')")
+    page.open(image_id)
+    page.wait("button('Make a link') && !button('Delete image') && !button('Delete binary')")
+    blind = tab("write")
+    blind.sees("This token may not read")
+    blind.wait("button('Upload') && !field('Filter')")
+
+
+def test_page_lists_the_newest_first_and_filters_while_one_types(bench):
+    server, tab = bench
+    add = server.application.catalogue.add
+    ids = [add("admin", f"label {number}", f"1.{number}.0")[0] for number in range(450)]
+    add("admin", "<b>&amp;\u202e\u2066", '"><img src=x onerror=alert(1)>')
+    page = tab()
+    page.sees("451 of 451 images", "<b>&amp;[U+202E][U+2066]", '"><img src=x onerror=alert(1)>')
+    rows = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[1].textContent)"
+    assert page.js(rows)[1:4] == ["1.449.0", "1.448.0", "1.447.0"]
+    assert len(page.js(rows)) == 200
+    page.click("Show more")
+    assert len(page.js(rows)) == 400
+    page.fill("Filter", "LABEL 12")
+    page.wait(f"{rows}.length === 11")
+    page.fill("Filter", ids[7][:13].upper())
+    page.wait(f"{rows}.length === 1")
+    page.js("document.querySelector('tbody a').focus()")
+    page.press("Enter", 13, "\r")
+    page.sees(ids[7], "label 7 1.7.0")
+    assert page.js("location.hash") == "#" + ids[7]
+    page.ask("Page.reload")
+    page.sees("label 7 1.7.0")
+    page.js("history.back()")
+    page.wait("field('Filter')")
+    page.go("/#" + "no-such-image")
+    page.wait("alert().includes('No such image')")
+
+
+def test_page_draws_thousands_of_segments_and_counts_those_it_does_not_list(bench):
+    server, tab = bench
+    image_id = client_of(server.application).stored(scattered(1500))
+    page = tab()
+    page.open(image_id)
+    page.sees("and 500 more segments")
+    assert page.js("document.querySelectorAll('svg rect').length") < 700
+    assert page.js("document.querySelector('#dump').textContent").count("78 .. 78 ..") >= 32
+
+
+def test_page_works_with_100_000_images(bench):
+    server, tab = bench
+    with contextlib.closing(
+        sqlite3.connect(server.application.settings.data / "image_manager.db")
+    ) as tool:
+        tool.executemany(
+            "INSERT INTO image (id, tenant, label, fw_version, precedence, created)"
+            " VALUES (?, 'admin', ?, '1.0.0', '', ?)",
+            (
+                (f"id-{n}", f"label {n}", f"2026-01-01T00:00:00.{n:06}+00:00")
+                for n in range(100_000)
+            ),
+        )
+        tool.commit()
+    page = tab()
+    page.wait("text().includes('100000 of 100000 images')", 20)
+    page.fill("Filter", "label 99")
+    page.wait("text().includes('1111 of 100000 images')")
+
+
+@pytest.mark.parametrize("prefix", ["", "/fw-image"])
+def test_page_works_at_both_addresses(browser, tmp_path, prefix):
+    with running(Settings(data=tmp_path, url_prefix="/fw-image")) as server:
+        there = server._replace(url=server.url.removesuffix("/fw-image"))
+        client_of(server.application).stored()
+        with contextlib.closing(Tab(browser, there, server.token(), prefix + "/")) as page:
+            page.sees("sensor")
+            page.js("document.querySelector('tbody a').click()")
+            page.sees("Memory map", "Contents")
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_page_fits_a_phone_and_has_no_fault_that_axe_knows(bench, tmp_path, mode):
+    server, tab = bench
+    image_id = client_of(server.application).stored(layout_of_gaps())
+    page = tab(width=390)
+    page.ask(
+        "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": mode}]
+    )
+
+    def fits():
+        wide, has = page.js("[document.documentElement.scrollWidth, innerWidth]")
+        assert wide <= has
+        if AXE:
+            page.ask("Runtime.evaluate", expression=Path(AXE).read_text())
+            found = page.js("axe.run().then(found => found.violations.map(one => one.id"
+                            " + ': ' + one.nodes.map(node => node.html).join(' ')))")  # fmt: skip
+            assert found == []
+
+    page.sees("sensor")
+    background = page.js("getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 25, 29)"}[mode]
+    fits()
+    page.choose(write(tmp_path / "bad-1.0.0.hex", b":00000001"))
+    page.click("Upload")
+    page.wait("alert()")
+    fits()
+    page.open(image_id)
+    page.click("Make a link")
+    page.wait("field('With curl') && document.querySelector('#dump')")
+    fits()
+    page.click("Delete image")
+    page.wait("document.querySelector('dialog[open]')")
+    fits()
+
+
+def test_page_can_be_used_by_the_keyboard_alone(bench):
+    server, tab = bench
+    image_id = client_of(server.application).stored()
+    page = tab()
+    page.ask("Page.reload")
+    page.sees("sensor")
+    reached = set()
+    for _ in range(40):
+        page.press("Tab", 9)
+        reached.add(page.js("document.activeElement.textContent || document.activeElement.id"))
+        assert page.js("getComputedStyle(document.activeElement).outlineStyle") != "none"
+        if "sensor" in reached:
+            break
+    assert {"Forget token", "file", "label", "version", "filter", "sensor"} <= reached
+    page.press("Enter", 13, "\r")
+    page.sees(image_id)
 
 
 # ------------------------------------------------------------------------------------- command line
