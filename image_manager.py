@@ -34,6 +34,7 @@ Settings. From here to the end each layer knows only those above it:
     server            one thread on all sockets, a few that run the application
     processes         the lock, workers, signals; a server in a thread of yours
     maintenance       verify and back up a store
+    page              the document for people at the bench: style, script, HTML
     command line      serve, token, verify, backup
 
 The folder
@@ -52,17 +53,48 @@ To add
     a check       of an upload's bytes: Upload.write and finish; of a request: Application._upload
     a setting     a field of Settings; its option and environment variable follow from it
 
-What it promises; the README names the test that proves each
+The life of one upload
+
+    Connection._header           reads the header, in the loop
+    Application.admit            refuses by the header alone: token, right, size, room on the disk
+    Request.receive              takes the body, above 64 KiB into a file in tmp/
+    Application.upload_file      runs in a thread from here on
+    Upload.write                 hashes and stores a block; HexReader.feed checks it
+    Upload.finish                puts the raw bytes in order and syncs the files
+    Catalogue.confirm            in one transaction: BinaryStore.publish names the files, then the row
+    Connection._send             sends the answer, in the loop
+
+The life of one download
+
+    Application.admit            knows the caller by Tokens.verify, or a link by Tokens.verify_link
+    Application.download_binary  holds the conditions (not_modified) and the range (requested_range)
+    Application._open            reads the row, opens the file, and looks whether the row still holds
+    BinaryStore.open             refuses a file that is not whole
+    place_window                 finds the bytes that format=bin asks for
+    Excerpt.read                 gives them, gaps filled
+    Connection._send_body        sends one piece by sendfile, anything else as the client takes it
+
+What it promises, and the test that proves it
 
  1. An answer of 200 or 201 comes after the disk: file, name and row are synced before it.
+    test_answers_come_after_the_disk
  2. A crash leaves at worst a stray file, which the next start removes; never a row without its
     file. The catalogue lost or empty beside binaries stops the start, and nothing is removed.
+    test_kill_at_any_moment_loses_nothing_that_was_acknowledged
+    test_lost_catalogue_stops_the_start_and_nothing_is_swept
  3. A stored binary never changes. The same bytes sent again succeed, others are refused.
+    test_same_bytes_again_succeed_and_other_bytes_are_refused
  4. No route without a right: a tenant sees nothing of another, a token does only what it says.
+    test_route_wants_its_right_and_no_other
+    test_route_shows_and_gives_nothing_to_another_tenant
  5. Nothing a client sends becomes a path, a piece of SQL, or a header unchecked.
+    test_form_with_any_name_that_ends_in_hex_is_taken_and_the_name_is_no_path
  6. A refused upload is answered on its header: nothing of it is awaited or stored.
+    test_upload_that_may_not_be_made_is_answered_on_its_header
  7. What does not fit the disk leaves nothing behind, and deleting always has room.
+    test_full_disk_refuses_uploads_and_creations_at_once_but_not_deletions
  8. A download that has begun ends well, whatever happens to its image.
+    test_download_that_has_begun_ends_well_though_its_image_is_deleted
 """
 
 from __future__ import annotations
@@ -135,7 +167,7 @@ except ImportError as error:
     print(f"image manager: {error}: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BLOCK = 256 * KIB  # bytes read, hashed and written at a time

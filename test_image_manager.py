@@ -7096,6 +7096,19 @@ def test_readme_lists_every_route_and_setting():
     assert {name.lower() for name in variables} <= fields
 
 
+def test_manual_names_functions_and_tests_that_are_there():
+    manual = image_manager.__doc__
+    lives = manual.partition("The life of one upload")[2].partition("What it promises")[0]
+    named = re.findall(
+        r"\b([A-Z]\w+\.\w+)\b|^    ([a-z]\w+) {2}|\((\w+_\w+)\)", lives, re.MULTILINE
+    )
+    for name in map("".join, named):
+        functools.reduce(getattr, name.split("."), image_manager)
+    assert len(named) >= 18
+    tests = re.findall(r"test_\w+", manual)
+    assert len(tests) == 10 and all(callable(globals().get(name)) for name in tests)
+
+
 def test_requirements_are_those_of_the_program_and_of_the_tests():
     listed = re.findall(r"^(\w[^#\n]*?)\s*$", (HERE / "requirements.txt").read_text(), re.MULTILINE)
     metadata = re.search(
