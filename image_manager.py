@@ -61,14 +61,14 @@ The life of one upload
     Application.upload_file      runs in a thread from here on
     Upload.write                 hashes and stores a block; HexReader.feed checks it
     Upload.finish                puts the raw bytes in order and syncs the files
-    Catalogue.confirm            in one transaction: BinaryStore.publish names the files, then the row
+    Catalogue.confirm            in one transaction: names for the files (BinaryStore.publish), a row
     Connection._send             sends the answer, in the loop
 
 The life of one download
 
     Application.admit            knows the caller by Tokens.verify, or a link by Tokens.verify_link
     Application.download_binary  holds the conditions (not_modified) and the range (requested_range)
-    Application._open            reads the row, opens the file, and looks whether the row still holds
+    Application._open            reads the row, opens the file, looks whether the row still holds
     BinaryStore.open             refuses a file that is not whole
     place_window                 finds the bytes that format=bin asks for
     Excerpt.read                 gives them, gaps filled
