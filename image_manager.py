@@ -61,7 +61,7 @@ The life of one upload
     Application.upload_file      runs in a thread from here on
     Upload.write                 hashes and stores a block; HexReader.feed checks it
     Upload.finish                puts the raw bytes in order and syncs the files
-    Catalogue.confirm            in one transaction: names for the files (BinaryStore.publish), a row
+    Catalogue.confirm            in one transaction: the files' names (BinaryStore.publish), the row
     Connection._send             sends the answer, in the loop
 
 The life of one download
@@ -4186,22 +4186,26 @@ a { color: var(--accent); }
   padding: 1rem; margin: 0 0 1.25rem; }
 .row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
 .row + .row, .row + p, .row + div, p + .row { margin-top: .75rem; }
-#who { align-items: center; }
+#who, .middle { align-items: center; }
 .grow { flex: 1 1 9rem; min-width: 0; }
 .panel > :last-child { margin-bottom: 0; }
 label { display: block; font-size: .875rem; color: var(--quiet); }
 input, select, button { font: inherit; color: var(--text); border: 1px solid var(--quiet);
-  border-radius: .35rem; padding: .4rem .7rem; background: var(--back); max-width: 100%; }
+  border-radius: .35rem; padding: .4rem .7rem; background: var(--back); max-width: 100%;
+  min-height: 2.6rem; }
 label input, label select { display: block; width: 100%; margin-top: .15rem; }
 input[type=file] { color: transparent; }  /* the name is shown below, that of a dropped file too */
-::file-selector-button { color: var(--text); }
+::file-selector-button { font: inherit; color: var(--text); background: var(--panel);
+  border: 1px solid var(--line); border-radius: .25rem; }
 button { cursor: pointer; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
-button.bad { color: var(--bad); border-color: var(--bad); }
+button.bad { border-color: var(--bad); }
 button:disabled { opacity: .55; cursor: default; }
 progress { width: 100%; height: .8rem; accent-color: var(--accent); }
 p { margin: 0 0 .75rem; }
 .quiet, .count { color: var(--quiet); }
+.verdict { font-weight: 600; color: var(--accent); }
+.bad { color: var(--bad); }
 [role=alert] { border-left: 4px solid var(--bad); padding: .5rem .75rem; background: var(--panel);
   margin-bottom: 1.25rem; overflow-wrap: anywhere; }
 code, pre, .mono { font: .875rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
@@ -4209,6 +4213,8 @@ pre { margin: 0; overflow-x: auto; }
 [role=alert] pre { white-space: pre-wrap; margin-top: .5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
+.list { table-layout: fixed; }
+.list th:first-child { width: 36%; }
 th { text-align: left; font-weight: 600; font-size: .875rem; color: var(--quiet); }
 th, td { padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: anywhere; }
@@ -4231,12 +4237,14 @@ svg .entry { fill: var(--mark); }
 dialog { background: var(--back); color: var(--text); border: 1px solid var(--line);
   border-radius: .5rem; padding: 1.25rem; max-width: min(30rem, 92vw); }
 dialog::backdrop { background: rgb(0 0 0 / 55%); }
-.dropping { outline: 3px dashed var(--accent); outline-offset: -.5rem; min-height: 100vh; }
+.dropping { outline: 3px dashed var(--accent); outline-offset: -.5rem; }
 @media (max-width: 48rem) {
+  #who { flex: 1 1 100%; justify-content: space-between; }
   .halves { grid-template-columns: minmax(0, 1fr); }
   .wide { display: none; }
   dl { grid-template-columns: minmax(0, 1fr); gap: 0; }
   dd { margin-bottom: .5rem; }
+  td.number, th.number { padding-right: .75rem; }
   pre { font-size: .68rem; }
 }
 """
@@ -4248,7 +4256,8 @@ const ROWS = 200, SEGMENTS = 1000, LINE = 500, DUMP_ROWS = 32, MIB = 1 << 20;
 const TIME = new Intl.DateTimeFormat(undefined, {dateStyle: "medium", timeStyle: "medium"});
 const state = {
   token: sessionStorage.getItem("token") || "", rights: new Set(), tenant: "",
-  images: [], filter: "", shown: ROWS, image: null, alert: null, news: "",
+  images: [], filter: "", shown: ROWS, image: null,
+  alert: null, news: "", coming: "",  // news of what has just been done, for the next place
   file: null, label: "", version: "", typed: new Set(),
   upload: null,  // while one is on its way: request, sent, total
   link: null, lasting: 3600, dump: null, goTo: "",
@@ -4300,8 +4309,9 @@ async function ask(method, path, body, headers = {}) {
   } catch {
     throw new Error("The connection is broken: is the service running?");
   }
-  if (!response.ok) throw new Error(sentence(await response.text(), response.status));
-  return response;
+  if (response.ok) return response;
+  if (response.status === 401) forget();
+  throw new Error(sentence(await response.text(), response.status));
 }
 
 function sentence(text, status) {
@@ -4332,11 +4342,12 @@ function readToken() {  // who it is for and what it may do; the server alone ch
 
 const may = right => state.rights.has(right);
 
-async function attempt(action) {  // shows what went wrong
+async function attempt(action, where = "top") {  // shows there what went wrong
+  state.alert = null;
   try {
     await action();
   } catch (error) {
-    state.alert = {message: error.message, line: error.line};
+    state.alert = {message: error.message, line: error.line, where};
     render();
     document.querySelector("[role=alert]").scrollIntoView({block: "nearest"});
   }
@@ -4348,7 +4359,7 @@ let visit = 0;  // an answer that comes when one has gone on is not shown
 
 async function go() {
   const id = decodeURIComponent(location.hash.slice(1)), now = ++visit;
-  Object.assign(state, {alert: null, link: null, dump: null, goTo: ""});
+  Object.assign(state, {link: null, dump: null, goTo: "", news: state.coming, coming: ""});
   if (!id || !state.image || state.image.id !== id) state.image = null;
   readToken();
   await attempt(async () => {
@@ -4359,8 +4370,9 @@ async function go() {
       else state.images = found.reverse();
     }
     if (now === visit) render();
+    if (now === visit && id) scrollTo(0, 0);
+    if (now === visit && state.image && hasBytes(state.image)) await showDump(null);
   });
-  if (state.image && now === visit) await attempt(() => showDump(null));
 }
 
 function useToken(event) {
@@ -4370,9 +4382,14 @@ function useToken(event) {
   go();
 }
 
-function forgetToken() {
+function forget() {
   sessionStorage.removeItem("token");
-  Object.assign(state, {token: "", images: [], image: null, file: null, filter: ""});
+  Object.assign(state, {token: "", images: [], image: null, filter: ""});
+}
+
+function forgetToken() {
+  forget();
+  state.file = null;
   go();
 }
 
@@ -4389,7 +4406,7 @@ function choose(file) {
   render();
 }
 
-async function upload(event) {
+async function upload(event, query = "") {
   event.preventDefault();
   if (!state.file || state.upload) return;
   Object.assign(state, {alert: null, news: "", upload: {sent: 0, total: state.file.size}});
@@ -4403,7 +4420,7 @@ async function upload(event) {
         id = (await (await ask("POST", "/image", body)).json()).id;
         left = true;
       }
-      await send(file, path(id, "binary"));
+      await send(file, path(id, "binary") + query);
       left = false;
       Object.assign(state, {file: null, label: "", version: "", typed: new Set()});
     } catch (error) {
@@ -4414,7 +4431,7 @@ async function upload(event) {
     } finally {
       state.upload = null;
     }
-    state.news = "The binary is stored.";
+    state.coming = "The file is stored.";
     if (location.hash.slice(1) === id) await go();
     else location.hash = id;
   });
@@ -4468,6 +4485,10 @@ const cut = text => text.length > LINE ? text.slice(0, LINE) + " … (cut off he
 
 // What lies where.
 
+// Of records of other types nobody knows what they put where.
+const hasBytes = image => may("read") && segments(image).length > 0
+  && !(image.hex && image.hex.warnings.some(text => text.includes("no raw bytes")));
+
 const segments = image => image.hex
   ? image.hex.segments.map(found => ({at: Number(found.address), size: found.size}))
   : image.confirmed && image.size ? [{at: 0, size: image.size}] : [];
@@ -4480,12 +4501,12 @@ function drawMap(image) {
   const long = new Set(gaps.map((gap, number) => [gap, number]).filter(([gap]) => gap > data / 4)
     .sort((one, other) => other[0] - one[0]).slice(0, 8).map(([, number]) => number));
   const scaled = gaps.reduce((sum, gap, number) => sum + (long.has(number) ? 0 : gap), data);
-  const scale = 240 / scaled, cutHeight = 34, shapes = [];
+  const scale = 240 / scaled, cutHeight = 40, shapes = [], labels = [];
   let y = 14, labelled = -20, drawn = 0, entryAt = null;
   const label = (text, at, kind) => {
-    if (at < labelled + 14) return;
+    if (at < labelled + 16) return;
     shapes.push(element("text", {x: 104, y: at + 4, class: kind}, text));
-    labelled = at;
+    labels.push(labelled = at);
   };
   parts.forEach((part, number) => {
     const gap = gaps[number];
@@ -4507,11 +4528,11 @@ function drawMap(image) {
     y += height;
   });
   const last = parts[parts.length - 1], end = last.at + last.size;
-  label(`${address(end)} end`, Math.max(y, labelled + 14), "gap-label");
+  label(`${address(end)} end`, Math.max(y, labelled + 16), "gap-label");
   if (entryAt !== null) {
     shapes.push(element("path", {class: "entry", d: `M0 ${entryAt - 6}l12 6l-12 6z`}));
-    shapes.push(element("text", {x: 200, y: entryAt + 4}, "entry point"));
-    shapes.push(element("path", {class: "cut", d: `M90 ${entryAt}h104`}));
+    const taken = labels.some(at => Math.abs(at - entryAt) < 16);
+    shapes.push(element("text", {x: taken ? 200 : 104, y: entryAt + 4}, "entry point"));
   }
   const said = `Memory map: ${parts.length} ${parts.length === 1 ? "segment" : "segments"} with `
     + `${exactSize(data)} from ${address(parts[0].at)} to ${address(end)}`
@@ -4523,7 +4544,6 @@ function drawMap(image) {
 
 async function showDump(from) {  // `from` null: the first data
   const image = state.image, parts = segments(image);
-  if (!parts.length || !may("read")) return;
   const last = parts[parts.length - 1], rows = [];
   let at = from === null ? parts[0].at : from, number = 0;
   while (rows.length < DUMP_ROWS) {
@@ -4614,8 +4634,7 @@ async function download(event, image, window) {  // by a link, as a browser send
   });
 }
 
-async function copy(text, event) {
-  const pressed = event.currentTarget;
+async function copy(text, pressed) {
   if (navigator.clipboard) await navigator.clipboard.writeText(text);
   else {  // over plain http there is none
     const area = element("textarea", {"aria-hidden": "true", tabindex: -1});
@@ -4626,7 +4645,8 @@ async function copy(text, event) {
     area.remove();
     pressed.focus();
   }
-  document.getElementById("news").textContent = "Copied.";
+  pressed.textContent = "Copied";
+  setTimeout(() => { pressed.textContent = "Copy"; }, 2000);
 }
 
 // Deleting.
@@ -4644,29 +4664,30 @@ function confirmDeletion(question, action) {
 
 async function deleteBinary() {
   await ask("DELETE", path(state.image.id, "binary"));
+  state.coming = "The binary is deleted.";
   await go();
 }
 
 async function deleteImage() {
   await ask("DELETE", path(state.image.id));
-  location.hash = "";
+  state.coming = `${title(state.image)} is deleted.`;
+  location.replace("#");  // Back must not lead there
 }
 
 // Showing the state.
 
 function render() {
-  const active = document.activeElement, name = active && active.id;
-  const selection = name && active.selectionStart;
+  const {id, textContent, selectionStart} = document.activeElement;
   document.getElementById("who").replaceChildren(...whoView());
   document.getElementById("content").replaceChildren(
-    ...[alertView(), ...(state.token ? placeView() : [tokenView()])].filter(Boolean));
+    ...[alertView("top"), ...(state.token ? placeView() : [tokenView()])].filter(Boolean));
   document.getElementById("news").textContent = state.news;
-  const again = name && document.getElementById(name);
-  if (again && again !== document.activeElement) {
-    again.focus({preventScroll: true});
-    if (again.setSelectionRange && selection != null) again.setSelectionRange(selection, selection);
-  }
-  document.title = state.image ? `${plain(state.image.label)} - Image Manager` : "Image Manager";
+  // What had the focus is there again, as another element.
+  const again = id ? document.getElementById(id)
+    : [...document.querySelectorAll("button, a")].find(one => one.textContent === textContent);
+  if (again) again.focus({preventScroll: true});
+  if (again && again.type === "text") again.setSelectionRange(selectionStart, selectionStart);
+  document.title = (state.image ? title(state.image) + " - " : "") + "Image Manager";
 }
 
 function whoView() {
@@ -4679,10 +4700,15 @@ function whoView() {
   ].filter(Boolean);
 }
 
-function alertView() {
-  if (!state.alert) return null;
+const title = image => plain(`${image.label} ${image.fw_version}`);
+
+function alertView(place) {
+  if (!state.alert || state.alert.where !== place) return null;
   const {message, line} = state.alert;
-  return element("div", {role: "alert"}, plain(message), line && element("pre", {}, plain(line)));
+  const unchecked = message.includes("?validate=false") && state.file && !state.upload;
+  return element("div", {role: "alert"}, plain(message), line && element("pre", {}, plain(line)),
+    unchecked && element("p", {class: "row"},
+      button("Store it unchecked", event => upload(event, "?validate=false"))));
 }
 
 function tokenView() {
@@ -4720,7 +4746,7 @@ function uploadView() {
       element("button", {class: "main", disabled: !file || Boolean(sending)}, "Upload")),
     element("p", {class: "quiet"}, file ? `${plain(file.name)}, ${exactSize(file.size)}`
       : "Choose a file, or drop one anywhere on this page."),
-    sending && element("div", {class: "row"},
+    sending && element("div", {class: "row middle"},
       element("progress", {id: "progress", class: "grow", max: 1, value: 0,
         "aria-label": "Upload"}),
       element("span", {id: "sent", role: "status"}, "0 %"),
@@ -4755,15 +4781,15 @@ function listView() {
   fill();
   const filter = field("Filter", {id: "filter", type: "search", value: state.filter,
     oninput: event => { state.filter = event.target.value; state.shown = ROWS; fill(); }});
-  const heads = [["Label", ""], ["Version", ""], ["Size", "number"], ["Checked", "wide"],
+  const heads = [["Label", ""], ["Version", ""], ["Size", "number"], ["Checked", ""],
     ["Created", "wide"]];
   return element("section", {}, element("div", {class: "row"}, filter), count,
-    table(heads, rows), more);
+    state.images.length > 0 && table(heads, rows, "list"), more);
 }
 
-function table(heads, rows) {
+function table(heads, rows, kind = "") {
   const cells = heads.map(([name, kind]) => element("th", {scope: "col", class: kind}, name));
-  return element("table", {}, element("thead", {}, element("tr", {}, ...cells)), rows);
+  return element("table", {class: kind}, element("thead", {}, element("tr", {}, ...cells)), rows);
 }
 
 function listRow(image) {
@@ -4771,8 +4797,10 @@ function listRow(image) {
   return element("tr", {class: "link", onclick: () => { location.hash = to; }},
     element("td", {}, element("a", {href: to}, plain(image.label))),
     element("td", {}, plain(image.fw_version)),
-    element("td", {class: "number"}, image.confirmed ? size(image.size) : "no binary"),
-    element("td", {class: "wide"}, !image.confirmed ? "" : image.checked ? "sound" : "unchecked"),
+    element("td", {class: "number"}, image.confirmed ? size(image.size) : ""),
+    image.checked ? element("td", {}, "sound")
+      : element("td", {class: image.confirmed ? "bad" : "quiet"},
+        image.confirmed ? "unchecked" : "no binary"),
     element("td", {class: "wide time"}, TIME.format(new Date(image.created))));
 }
 
@@ -4781,9 +4809,10 @@ function imageView(image) {
   const drawn = layout && layout.segments.length > 0;
   return [
     backLink(),
-    element("h2", {}, `${plain(image.label)} ${plain(image.fw_version)}`),
+    element("h2", {}, title(image)),
+    verdictView(image),
     memberView(image),
-    image.confirmed ? downloadView(image, drawn) : may("write") && uploadView(),
+    image.confirmed ? downloadView(image) : may("write") && uploadView(),
     warnings.length > 0 && element("section", {class: "panel"}, element("h3", {}, "Warnings"),
       element("ul", {}, ...warnings.map(text => element("li", {}, text)))),
     drawn && element("section", {class: "panel"}, element("h3", {}, "Memory map"),
@@ -4791,10 +4820,20 @@ function imageView(image) {
     state.dump && dumpView(),
     may("delete") && element("section", {class: "row"},
       image.confirmed && button("Delete binary", () =>
-        confirmDeletion("Delete the binary of this image?", deleteBinary), "bad"),
+        confirmDeletion(`Delete the binary of ${title(image)}?`, deleteBinary), "bad"),
       button("Delete image", () =>
-        confirmDeletion("Delete this image and its binary?", deleteImage), "bad")),
+        confirmDeletion(`Delete ${title(image)} and its binary?`, deleteImage), "bad")),
   ].filter(Boolean);
+}
+
+function verdictView(image) {
+  const count = image.hex ? image.hex.warnings.length : 0;
+  const warned = count ? `, with ${count === 1 ? "a warning" : `${count} warnings`}` : "";
+  const sentence = !image.confirmed ? "Not confirmed: there is no binary yet"
+    : !image.checked ? "Not checked: stored as it is, as this is no sound Intel HEX"
+    : `Checked: sound Intel HEX${warned}`;
+  const kind = image.confirmed && !image.checked ? "verdict bad" : "verdict";
+  return element("p", {class: kind}, sentence);
 }
 
 function memberView(image) {
@@ -4803,11 +4842,10 @@ function memberView(image) {
     ["Id", element("code", {}, image.id)],
     ["Created", time(image.created)],
     ["Updated", image.updated && time(image.updated)],
-    ["Binary", image.confirmed ? "confirmed: it is stored" : "not confirmed: there is none yet"],
+    ["Binary", image.confirmed ? "confirmed" : "not confirmed"],
+    ["Check", image.confirmed && (image.checked ? "checked" : "not checked")],
     ["Size", image.confirmed && exactSize(image.size)],
     ["SHA-256", image.confirmed && element("code", {}, image.sha256)],
-    ["Check", image.confirmed && (image.checked ? "checked: sound Intel HEX"
-      : "not checked: stored as it is")],
     ["Records", image.hex && `${image.hex.records}, with ${exactSize(image.hex.bytes)} of data`],
     ["Entry point", image.hex && image.hex.start_address],
   ].filter(([, value]) => value);
@@ -4816,7 +4854,17 @@ function memberView(image) {
   return element("section", {class: "panel"}, element("dl", {}, ...rows));
 }
 
-function downloadView(image, drawn) {
+function windows(image) {  // at most 256 MiB each
+  const found = [];
+  for (const {at, size} of image.hex && hasBytes(image) ? segments(image) : []) {
+    const last = found[found.length - 1];
+    if (last && at + size - last[0] <= 256 * MIB) last[1] = at + size;
+    else found.push([at, at + size]);
+  }
+  return found.slice(0, 20);
+}
+
+function downloadView(image) {
   const times = [["1 hour", 3600], ["1 day", 86400], ["7 days", 604800], ["30 days", 2592000]];
   const lasting = element("select", {id: "lasting", onchange: event => {
     state.lasting = Number(event.target.value);
@@ -4825,11 +4873,14 @@ function downloadView(image, drawn) {
   const make = () => attempt(async () => {
     state.link = await makeLink(image, state.lasting);
     render();
+    document.querySelector("#link button").focus();
   });
   const file = (name, window) => element("a", {href: "#" + encodeURIComponent(image.id),
     onclick: event => download(event, image, window)}, name);
   return element("section", {class: "panel"}, element("h3", {}, "Download"),
-    element("p", {}, file("hex", ""), drawn && " · ", drawn && file("bin", "&format=bin")),
+    element("p", {}, file("hex", ""), ...windows(image).flatMap(([begin, end], number, all) =>
+      [" · ", file("bin", `&format=bin&start=${begin}&end=${end}`),
+        all.length > 1 && ` from ${address(begin)} to ${address(end - 1)}`])),
     element("div", {class: "row"}, element("label", {}, "Valid for", lasting),
       button("Make a link", make)),
     state.link && linkView(image));
@@ -4837,13 +4888,13 @@ function downloadView(image, drawn) {
 
 function linkView(image) {
   const {url, expires} = state.link, name = quoted(fileName(image) + ".hex");
-  const lines = [["Link", url], ["With curl", `curl -f -C - -o ${name} ${quoted(url)}`],
+  const lines = [["Link", url], ["With curl", `curl -f --retry 5 -o ${name} ${quoted(url)}`],
     ["With wget", `wget -c -O ${name} ${quoted(url)}`]];
-  return element("div", {}, element("p", {class: "quiet"},
+  return element("div", {id: "link"}, element("p", {class: "quiet"},
     `Whoever has it can download until ${TIME.format(new Date(expires))}.`),
   ...lines.map(([title, text]) => element("div", {class: "row"},
     field(title, {value: text, readonly: true, class: "mono"}),
-    button("Copy", event => copy(text, event)))));
+    button("Copy", event => attempt(() => copy(text, event.target))))));
 }
 
 function segmentTable(image) {
@@ -4862,12 +4913,12 @@ function dumpView() {
   const jump = event => {
     event.preventDefault();
     const text = state.goTo.trim();
+    const copied = /^(?=0|.*[a-f])[0-9a-f]{8}$/i.test(text);  // from the hex dump
     attempt(async () => {
-      if (!/^(0x[0-9a-f]{1,8}|\d{1,10})$/i.test(text))
+      if (!copied && !/^(0x[0-9a-f]{1,8}|\d{1,10})$/i.test(text))
         throw new Error("Go to takes an address: 0x08000000, or a decimal number");
-      state.alert = null;
-      await showDump(Number(text));
-    });
+      await showDump(Number(copied ? "0x" + text : text));
+    }, "dump");
   };
   const {next, before} = state.dump;
   return element("section", {class: "panel"}, element("h3", {}, "Contents"),
@@ -4877,19 +4928,19 @@ function dumpView() {
       button("First", () => attempt(() => showDump(null))),
       element("button", {type: "button", disabled: next === null,
         onclick: () => attempt(() => showDump(next))}, "Next")),
-    element("p", {}),
+    alertView("dump") || element("p", {}),
     element("pre", {id: "dump", tabindex: 0, "aria-label": "Hex dump"}, dumpText(state.dump)));
 }
 
 addEventListener("hashchange", go);
 addEventListener("dragover", event => {
   event.preventDefault();
-  document.body.classList.add("dropping");
+  document.documentElement.classList.add("dropping");
 });
-addEventListener("dragleave", () => document.body.classList.remove("dropping"));
+addEventListener("dragleave", () => document.documentElement.classList.remove("dropping"));
 addEventListener("drop", event => {
   event.preventDefault();
-  document.body.classList.remove("dropping");
+  document.documentElement.classList.remove("dropping");
   if (state.token && may("write")) choose(event.dataTransfer.files[0]);
 });
 go();
