@@ -3816,7 +3816,7 @@ def sole_use(folder: Path) -> Iterator[None]:
         try:
             lock = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
             closing.callback(lock.close)
-            lock.execute("PRAGMA journal_mode = OFF")  # no journal file for a database that stays empty
+            lock.execute("PRAGMA journal_mode = OFF")  # a file for nothing: this stays empty
             lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
             if "locked" not in str(error):
