@@ -326,13 +326,13 @@ def full_disk_as_error() -> Iterator[None]:
 
 
 def parse_text(value: object) -> str:
-    if not isinstance(value, str) or value.encode(errors="replace").decode() != value:
+    if not isinstance(value, str) or re.search("[\0\ud800-\udfff]", value):
         raise ValueError("takes text in UTF-8")
     return value
 
 
 def parse_path(value: Any) -> Path:
-    if not isinstance(value, (str, os.PathLike)):
+    if not isinstance(value, (str, os.PathLike)) or "\0" in os.fspath(value):
         raise ValueError("takes a path")
     return Path(value)
 
@@ -3363,13 +3363,16 @@ def without_signature(target: str) -> str:
     return f"{path}?{kept}" if kept else path
 
 
+PORT = re.compile(r"\A([0-9.]+):[0-9]+\Z|\A\[(.*)\](?::[0-9]+)?\Z")  # which some proxies add
+
+
 @functools.lru_cache(maxsize=1024)
 def client_address(peer: str, forwarded: str, trusted: tuple[Network, ...]) -> str:
     """Return the last address on the way here that is not one of the trusted proxies."""
     found = peer
     for hop in [peer, *reversed(forwarded.split(","))]:
         try:
-            address = ipaddress.ip_address(hop.strip())
+            address = ipaddress.ip_address(PORT.sub(r"\1\2", hop.strip()))
         except ValueError:  # what a proxy may write in the place of one: unknown
             break
         found = str(address)
