@@ -711,14 +711,14 @@ BLANKS = b" \t"
 NO_DIGIT = re.compile(b"[^0-9A-Fa-f]")
 END_RECORD = re.compile(rb":00[0-9A-Fa-f]{4}01[0-9A-Fa-f]{2}(?![0-9A-Fa-f])")
 PAYLOAD_SIZE = {1: 0, 2: 2, 3: 4, 4: 2, 5: 4}  # bytes, of the record types that have just one
-LONGEST_RECORD = 1 + 2 * (255 + 5)  # characters
+LONGEST_RECORD = 3 + 1 + 2 * (255 + 5)  # characters, with a byte order mark before
 SHORTEST_RUN = 16  # records: below, one by one is as fast
 LONGEST_RUN_PAYLOAD = 250  # bytes: the sum of a record's bytes must fit 16 bits
 MAX_SEGMENTS = 1 << 18
 MAX_PIECES = 1 << 21  # before they are joined; putting them in order takes 100 MiB
 TOO_SCATTERED = (
-    f"The data lie in more separate places than can be checked: {MAX_SEGMENTS:,}, "
-    f"or {MAX_PIECES:,} as long as they are not in order"
+    f"The data come in more separate pieces than can be checked: {MAX_SEGMENTS:,}, "
+    f"and {MAX_PIECES:,} as they are written, before they are joined"
 )
 MAX_WARNINGS = 40
 
@@ -4179,11 +4179,11 @@ PAGE_STYLE = r"""
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 body { margin: 0 auto; padding: 0 1rem 3rem; max-width: 68rem; background: var(--back);
-  color: var(--text); font: 1rem/1.5 system-ui, sans-serif; }
+  color: var(--text); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; padding: 1rem 0;
   border-bottom: 1px solid var(--line); margin-bottom: 1.25rem; }
 header h1 { font-size: 1.1rem; margin: 0 auto 0 0; }
-h2 { font-size: 1.4rem; margin: 1rem 0 .5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.4rem; margin: 1rem 0 .5rem; }
 .panel h2, .panel h3 { font-size: 1rem; margin: 0 0 .75rem; }
 a { color: var(--accent); }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
@@ -4212,7 +4212,7 @@ p { margin: 0 0 .75rem; }
 .verdict { font-weight: 600; color: var(--accent); }
 .bad { color: var(--bad); }
 [role=alert] { border-left: 4px solid var(--bad); padding: .5rem .75rem; background: var(--panel);
-  margin-bottom: 1.25rem; overflow-wrap: anywhere; }
+  margin-bottom: 1.25rem; }
 code, pre, .mono { font: .875rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
 pre { margin: 0; overflow-x: auto; }
 [role=alert] pre { white-space: pre-wrap; margin-top: .5rem; }
@@ -4222,7 +4222,7 @@ table { border-collapse: collapse; width: 100%; }
 .list th:first-child { width: 36%; }
 th { text-align: left; font-weight: 600; font-size: .875rem; color: var(--quiet); }
 th, td { padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; }
+  vertical-align: top; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number, th.number { padding-right: 1.5rem; }
 td.time, td.mono { white-space: nowrap; }
@@ -4230,7 +4230,7 @@ tbody tr.link { cursor: pointer; }
 tbody tr.link:hover { background: var(--panel); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.25rem; margin: 0; }
 dt { color: var(--quiet); }
-dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
+dd { margin: 0; min-width: 0; }
 .halves { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 0 1.5rem; }
 svg { display: block; max-width: 100%; height: auto; }
 svg text { font: 12px ui-monospace, Menlo, Consolas, monospace; fill: var(--text); }
@@ -4261,7 +4261,7 @@ const ROWS = 200, SEGMENTS = 1000, LINE = 500, DUMP_ROWS = 32, MIB = 1 << 20;
 const TIME = new Intl.DateTimeFormat(undefined, {dateStyle: "medium", timeStyle: "medium"});
 const state = {
   token: sessionStorage.getItem("token") || "", rights: new Set(), tenant: "",
-  images: [], filter: "", shown: ROWS, image: null,
+  images: null, filter: "", shown: ROWS, image: null,
   alert: null, news: "", coming: "",  // news of what has just been done, for the next place
   file: null, label: "", version: "", typed: new Set(),
   upload: null,  // while one is on its way: request, sent, total
@@ -4297,8 +4297,8 @@ function size(bytes) {
 const exactSize = bytes => bytes < 1024 ? size(bytes) : `${size(bytes)} (${bytes} bytes)`;
 const hex = (number, digits) => number.toString(16).toUpperCase().padStart(digits, "0");
 const address = number => "0x" + hex(number, 8);
-const button = (text, action, kind = "") =>
-  element("button", {type: "button", class: kind, onclick: action}, text);
+const button = (text, action, kind = "", id = null) =>
+  element("button", {type: "button", class: kind, id, onclick: action}, text);
 const field = (name, attributes) =>
   element("label", {class: "grow"}, name, element("input", {autocomplete: "off", ...attributes}));
 
@@ -4336,7 +4336,7 @@ function readToken() {  // who it is for and what it may do; the server alone ch
   try {
     const part = state.token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/");
     const bytes = Uint8Array.from(atob(part), character => character.charCodeAt(0));
-    claims = JSON.parse(new TextDecoder().decode(bytes));
+    claims = Object(JSON.parse(new TextDecoder().decode(bytes)));
   } catch { /* the server will say what is wrong with it */ }
   const scope = Array.isArray(claims.scope) ? claims.scope : String(claims.scope || "").split(" ");
   const rights = ["read", "write", "delete"];
@@ -4347,11 +4347,14 @@ function readToken() {  // who it is for and what it may do; the server alone ch
 
 const may = right => state.rights.has(right);
 
-async function attempt(action, where = "top") {  // shows there what went wrong
+// Does something, and shows what went wrong unless one has gone on to another place meanwhile.
+async function attempt(action, {where = "top", everywhere = false} = {}) {
+  const here = visit;
   state.alert = null;
   try {
     await action();
   } catch (error) {
+    if (here !== visit && !everywhere) return;
     state.alert = {message: error.message, line: error.line, where};
     render();
     document.querySelector("[role=alert]").scrollIntoView({block: "nearest"});
@@ -4363,36 +4366,54 @@ async function attempt(action, where = "top") {  // shows there what went wrong
 let visit = 0;  // an answer that comes when one has gone on is not shown
 
 async function go() {
-  const id = decodeURIComponent(location.hash.slice(1)), now = ++visit;
-  Object.assign(state, {link: null, dump: null, goTo: "", news: state.coming, coming: ""});
-  if (!id || !state.image || state.image.id !== id) state.image = null;
+  const now = ++visit;
+  document.querySelector("dialog")?.close();
+  Object.assign(state, {image: null, link: null, dump: null, goTo: "",
+    news: state.coming, coming: ""});
   readToken();
   await attempt(async () => {
+    const id = place();
     if (state.token && may("read")) {
       const found = await (await ask("GET", id ? path(id) : "/image")).json();
       if (now !== visit) return;
       if (id) state.image = found;
       else state.images = found.reverse();
     }
-    if (now === visit) render();
-    if (now === visit && id) scrollTo(0, 0);
-    if (now === visit && state.image && hasBytes(state.image)) await showDump(null);
+    render();
+    if (!state.image) return;
+    scrollTo(0, 0);
+    document.querySelector("h2").focus();
+    if (hasBytes(state.image)) await showDump(null);
   });
+}
+
+function place() {  // the id of the image that the address names
+  try {
+    return decodeURIComponent(location.hash.slice(1));
+  } catch {
+    return location.hash.slice(1);
+  }
 }
 
 function useToken(event) {
   event.preventDefault();
-  state.token = event.target.querySelector("input").value.trim().replace(/^Bearer\s+/i, "");
+  const pasted = event.target.querySelector("input").value.replace(/^\s*Bearer\s/i, "");
+  state.token = pasted.replace(/[^!-~]/g, "");  // blanks, and what cannot be seen
   sessionStorage.setItem("token", state.token);
   go();
 }
 
 function forget() {
   sessionStorage.removeItem("token");
-  Object.assign(state, {token: "", images: [], image: null, filter: ""});
+  Object.assign(state, {token: "", images: null, image: null, filter: ""});
 }
 
 function forgetToken() {
+  if (state.upload) {  // which needs the token to take away what it has created
+    state.upload.afterwards = forgetToken;
+    if (state.upload.request) state.upload.request.abort();
+    return;
+  }
   forget();
   state.file = null;
   go();
@@ -4414,9 +4435,10 @@ function choose(file) {
 async function upload(event, query = "") {
   event.preventDefault();
   if (!state.file || state.upload) return;
-  Object.assign(state, {alert: null, news: "", upload: {sent: 0, total: state.file.size}});
+  const {file, image} = state, here = visit, sending = {sent: 0, total: file.size};
+  const name = image ? title(image) : plain(`${state.label} ${state.version}`);
+  Object.assign(state, {alert: null, news: "", upload: sending});
   render();
-  const {file, image} = state;
   let id = image && image.id, left = false;
   await attempt(async () => {
     try {
@@ -4426,8 +4448,8 @@ async function upload(event, query = "") {
         left = true;
       }
       await send(file, path(id, "binary") + query);
-      left = false;
       Object.assign(state, {file: null, label: "", version: "", typed: new Set()});
+      state.coming = `${name} is stored.`;
     } catch (error) {
       if (left) await takeAway(id, error);
       const [, line] = /\bline (\d+)/.exec(error.message) || [];
@@ -4436,10 +4458,14 @@ async function upload(event, query = "") {
     } finally {
       state.upload = null;
     }
-    state.coming = "The file is stored.";
-    if (location.hash.slice(1) === id) await go();
+    if (sending.afterwards) return;
+    if (here !== visit) {  // one looks at something else by now
+      Object.assign(state, {news: state.coming, coming: ""});
+      render();
+    } else if (place() === id) await go();
     else location.hash = id;
-  });
+  }, {everywhere: true});
+  if (sending.afterwards) sending.afterwards();
 }
 
 function send(file, to) {  // fetch() does not tell how much is sent
@@ -4455,7 +4481,9 @@ function send(file, to) {  // fetch() does not tell how much is sent
     request.upload.onprogress = request.upload.onload = progress;
     request.onload = () => request.status < 300 ? resolve()
       : reject(new Error(sentence(request.responseText, request.status)));
-    request.onerror = () => reject(new Error("The connection broke while the file was sent"));
+    request.onerror = () => file.slice(0, 1).arrayBuffer().then(
+      () => reject(new Error("The connection broke while the file was sent")),
+      () => reject(new Error("The file has changed since it was chosen: choose it again")));
     request.onabort = () => reject(new Error("The upload was cancelled"));
     state.upload.request = request;
     request.send(file);
@@ -4503,10 +4531,10 @@ function drawMap(image) {
   const gaps = parts.map((part, number) =>
     number ? part.at - parts[number - 1].at - parts[number - 1].size : 0);
   const data = parts.reduce((sum, part) => sum + part.size, 0);
-  const long = new Set(gaps.map((gap, number) => [gap, number]).filter(([gap]) => gap > data / 4)
-    .sort((one, other) => other[0] - one[0]).slice(0, 8).map(([, number]) => number));
-  const scaled = gaps.reduce((sum, gap, number) => sum + (long.has(number) ? 0 : gap), data);
-  const scale = 240 / scaled, cutHeight = 40, shapes = [], labels = [];
+  const isLong = gap => gap > data / 4;
+  const scale = 240 / gaps.reduce((sum, gap) => sum + (isLong(gap) ? 0 : gap), data);
+  const cutHeight = Math.min(40, 480 / gaps.filter(isLong).length), shapes = [], labels = [];
+  const mark = image.hex.start_address && Number(image.hex.start_address);
   let y = 14, labelled = -20, drawn = 0, entryAt = null;
   const label = (text, at, kind) => {
     if (at < labelled + 16) return;
@@ -4515,7 +4543,9 @@ function drawMap(image) {
   };
   parts.forEach((part, number) => {
     const gap = gaps[number];
-    if (long.has(number)) {
+    if (entry && mark < part.at && entryAt === null)  // where there is no data
+      entryAt = number ? y + (isLong(gap) ? cutHeight : gap * scale) / 2 : y;
+    if (isLong(gap)) {
       const sides = `M12 ${y + 1}v${cutHeight - 2}m76 0v${2 - cutHeight}`;
       shapes.push(element("path", {class: "cut", d: sides}));
       label(`gap of ${size(gap)}`, y + cutHeight / 2, "gap-label");
@@ -4528,12 +4558,13 @@ function drawMap(image) {
       drawn = y + seen;
     }
     label(address(part.at), y, "");
-    if (entry && Number(entry) >= part.at && Number(entry) < part.at + part.size)
-      entryAt = y + (Number(entry) - part.at) * scale;
+    if (entry && mark >= part.at && mark < part.at + part.size)
+      entryAt = y + (mark - part.at) * scale;
     y += height;
   });
   const last = parts[parts.length - 1], end = last.at + last.size;
   label(`${address(end)} end`, Math.max(y, labelled + 16), "gap-label");
+  if (entry && entryAt === null) entryAt = y;
   if (entryAt !== null) {
     shapes.push(element("path", {class: "entry", d: `M0 ${entryAt - 6}l12 6l-12 6z`}));
     const taken = labels.some(at => Math.abs(at - entryAt) < 16);
@@ -4547,9 +4578,10 @@ function drawMap(image) {
     viewBox: `0 0 320 ${height}`}, ...shapes);
 }
 
+let reading = 0;  // bytes that come after others were asked for are not shown
+
 async function showDump(from) {  // `from` null: the first data
-  const image = state.image, parts = segments(image);
-  const last = parts[parts.length - 1], rows = [];
+  const {image} = state, now = ++reading, parts = segments(image), rows = [];
   let at = from === null ? parts[0].at : from, number = 0;
   while (rows.length < DUMP_ROWS) {
     while (number < parts.length && parts[number].at + parts[number].size <= at) number++;
@@ -4559,23 +4591,23 @@ async function showDump(from) {  // `from` null: the first data
     rows.push({at: row, bytes: new Array(16).fill(null)});
     at = row + 16;
   }
-  if (!rows.length) throw new Error(`The data end at ${address(last.at + last.size)}`);
-  for (const [begin, end] of spans(rows)) {
-    const bytes = await readBytes(image, begin, end);
-    for (const row of rows) if (row.at >= begin && row.at < end) fillRow(row, bytes, begin, parts);
-  }
-  if (state.image !== image) return;
-  const before = rows[0].at > parts[0].at;
-  state.dump = {rows, next: number < parts.length && at < last.at + last.size ? at : null, before};
+  const last = parts[parts.length - 1], end = last.at + last.size;
+  if (!rows.length) throw new Error(`The data end at ${address(end)}`);
+  await Promise.all(spans(rows).map(async span => {
+    const bytes = await readBytes(image, span[0].at, span[span.length - 1].at + 16);
+    for (const row of span) fillRow(row, bytes, span[0].at, parts);
+  }));
+  if (state.image !== image || now !== reading) return;
+  state.dump = {rows, next: at < end ? at : null};
   render();
 }
 
-function spans(rows) {  // what is fetched together: rows with little between them
+function spans(rows) {  // rows without a gap between them, to be fetched together
   const found = [];
-  for (const {at} of rows) {
+  for (const row of rows) {
     const last = found[found.length - 1];
-    if (last && at - last[1] < 4096) last[1] = at + 16;
-    else found.push([at, at + 16]);
+    if (last && row.at === last[last.length - 1].at + 16) last.push(row);
+    else found.push([row]);
   }
   return found;
 }
@@ -4640,8 +4672,8 @@ async function download(event, image, window) {  // by a link, as a browser send
 }
 
 async function copy(text, pressed) {
-  if (navigator.clipboard) await navigator.clipboard.writeText(text);
-  else {  // over plain http there is none
+  const copied = await navigator.clipboard?.writeText(text).then(() => true, () => false);
+  if (!copied) {  // over plain http there is no clipboard
     const area = element("textarea", {"aria-hidden": "true", tabindex: -1});
     area.value = text;
     pressed.after(area);
@@ -4667,15 +4699,15 @@ function confirmDeletion(question, action) {
   dialog.querySelector("button:last-of-type").focus();
 }
 
-async function deleteBinary() {
-  await ask("DELETE", path(state.image.id, "binary"));
+async function deleteBinary(image) {
+  await ask("DELETE", path(image.id, "binary"));
   state.coming = "The binary is deleted.";
   await go();
 }
 
-async function deleteImage() {
-  await ask("DELETE", path(state.image.id));
-  state.coming = `${title(state.image)} is deleted.`;
+async function deleteImage(image) {
+  await ask("DELETE", path(image.id));
+  state.coming = `${title(image)} is deleted.`;
   location.replace("#");  // Back must not lead there
 }
 
@@ -4685,13 +4717,15 @@ function render() {
   const {id, textContent, selectionStart} = document.activeElement;
   document.getElementById("who").replaceChildren(...whoView());
   document.getElementById("content").replaceChildren(
-    ...[alertView("top"), ...(state.token ? placeView() : [tokenView()])].filter(Boolean));
+    ...[alertView("top"), sendingView(), ...(state.token ? placeView() : [tokenView()])]
+      .filter(Boolean));
   document.getElementById("news").textContent = state.news;
   // What had the focus is there again, as another element.
   const again = id ? document.getElementById(id)
     : [...document.querySelectorAll("button, a")].find(one => one.textContent === textContent);
   if (again) again.focus({preventScroll: true});
   if (again && again.type === "text") again.setSelectionRange(selectionStart, selectionStart);
+  if (state.upload) renderProgress();
   document.title = (state.image ? title(state.image) + " - " : "") + "Image Manager";
 }
 
@@ -4728,8 +4762,8 @@ function tokenView() {
 function placeView() {
   if (!may("read")) return [may("write") && uploadView()];
   if (state.image) return imageView(state.image);
-  if (location.hash.length > 1) return [backLink()];
-  return [may("write") && uploadView(), listView()];
+  if (place()) return [backLink()];
+  return [may("write") && uploadView(), state.images && listView()];
 }
 
 const backLink = () => element("p", {}, element("a", {href: "#"}, "All images"));
@@ -4750,12 +4784,15 @@ function uploadView() {
       !image && text("Label", "label"), !image && text("Version", "version"),
       element("button", {class: "main", disabled: !file || Boolean(sending)}, "Upload")),
     element("p", {class: "quiet"}, file ? `${plain(file.name)}, ${exactSize(file.size)}`
-      : "Choose a file, or drop one anywhere on this page."),
-    sending && element("div", {class: "row middle"},
-      element("progress", {id: "progress", class: "grow", max: 1, value: 0,
-        "aria-label": "Upload"}),
-      element("span", {id: "sent", role: "status"}, "0 %"),
-      button("Cancel", () => sending.request && sending.request.abort())));
+      : "Choose a file, or drop one anywhere on this page."));
+}
+
+function sendingView() {
+  const {upload: sending} = state;
+  return sending && element("section", {class: "panel row middle"},
+    element("progress", {id: "progress", class: "grow", max: 1, "aria-label": "Upload"}),
+    element("span", {id: "sent", role: "status"}),
+    button("Cancel", () => sending.request && sending.request.abort(), "", "cancel"));
 }
 
 function renderProgress() {
@@ -4764,6 +4801,7 @@ function renderProgress() {
   bar.value = total ? sent / total : 1;
   document.getElementById("sent").textContent = sent < total
     ? `${Math.floor(100 * sent / total)} %` : "All is sent: the server checks it";
+  document.getElementById("cancel").hidden = sent >= total;  // it would come too late
 }
 
 const matching = () => {
@@ -4800,7 +4838,7 @@ function table(heads, rows, kind = "") {
 function listRow(image) {
   const to = "#" + encodeURIComponent(image.id);
   return element("tr", {class: "link", onclick: () => { location.hash = to; }},
-    element("td", {}, element("a", {href: to}, plain(image.label))),
+    element("td", {}, element("a", {href: to}, plain(image.label).trim() || image.id)),
     element("td", {}, plain(image.fw_version)),
     element("td", {class: "number"}, image.confirmed ? size(image.size) : ""),
     image.checked ? element("td", {}, "sound")
@@ -4814,7 +4852,7 @@ function imageView(image) {
   const drawn = layout && layout.segments.length > 0;
   return [
     backLink(),
-    element("h2", {}, title(image)),
+    element("h2", {id: "title", tabindex: -1}, title(image)),
     verdictView(image),
     memberView(image),
     image.confirmed ? downloadView(image) : may("write") && uploadView(),
@@ -4823,12 +4861,17 @@ function imageView(image) {
     drawn && element("section", {class: "panel"}, element("h3", {}, "Memory map"),
       element("div", {class: "halves"}, drawMap(image), segmentTable(image))),
     state.dump && dumpView(),
-    may("delete") && element("section", {class: "row"},
-      image.confirmed && button("Delete binary", () =>
-        confirmDeletion(`Delete the binary of ${title(image)}?`, deleteBinary), "bad"),
-      button("Delete image", () =>
-        confirmDeletion(`Delete ${title(image)} and its binary?`, deleteImage), "bad")),
+    may("delete") && deletionView(image),
   ].filter(Boolean);
+}
+
+function deletionView(image) {
+  const binary = () => confirmDeletion(`Delete the binary of ${title(image)}?`,
+    () => deleteBinary(image));
+  const all = () => confirmDeletion(`Delete ${title(image)} and its binary?`,
+    () => deleteImage(image));
+  return element("section", {class: "row"},
+    image.confirmed && button("Delete binary", binary, "bad"), button("Delete image", all, "bad"));
 }
 
 function verdictView(image) {
@@ -4876,7 +4919,9 @@ function downloadView(image) {
   }}, ...times.map(([name, seconds]) =>
     element("option", {value: seconds, selected: seconds === state.lasting}, name)));
   const make = () => attempt(async () => {
-    state.link = await makeLink(image, state.lasting);
+    const made = await makeLink(image, state.lasting);
+    if (state.image !== image) return;
+    state.link = made;
     render();
     document.querySelector("#link button").focus();
   });
@@ -4894,7 +4939,7 @@ function downloadView(image) {
 function linkView(image) {
   const {url, expires} = state.link, name = quoted(fileName(image) + ".hex");
   const lines = [["Link", url], ["With curl", `curl -f --retry 5 -o ${name} ${quoted(url)}`],
-    ["With wget", `wget -c -O ${name} ${quoted(url)}`]];
+    ["With wget", `wget -O ${name} ${quoted(url)}`]];
   return element("div", {id: "link"}, element("p", {class: "quiet"},
     `Whoever has it can download until ${TIME.format(new Date(expires))}.`),
   ...lines.map(([title, text]) => element("div", {class: "row"},
@@ -4923,9 +4968,9 @@ function dumpView() {
       if (!copied && !/^(0x[0-9a-f]{1,8}|\d{1,10})$/i.test(text))
         throw new Error("Go to takes an address: 0x08000000, or a decimal number");
       await showDump(Number(copied ? "0x" + text : text));
-    }, "dump");
+    }, {where: "dump"});
   };
-  const {next, before} = state.dump;
+  const {next} = state.dump;
   return element("section", {class: "panel"}, element("h3", {}, "Contents"),
     element("form", {class: "row", onsubmit: jump},
       field("Go to", {id: "goto", spellcheck: "false", placeholder: "0x08000000",
@@ -4946,7 +4991,12 @@ addEventListener("dragleave", () => document.documentElement.classList.remove("d
 addEventListener("drop", event => {
   event.preventDefault();
   document.documentElement.classList.remove("dropping");
-  if (state.token && may("write")) choose(event.dataTransfer.files[0]);
+  if (!state.token || !may("write")) return;
+  if (state.image && state.image.confirmed) location.hash = "";
+  choose(event.dataTransfer.files[0]);
+});
+addEventListener("beforeunload", event => {
+  if (state.upload) event.preventDefault();
 });
 go();
 """

@@ -745,6 +745,11 @@ def test_hex_with_text_before_or_behind_is_sound_and_warns_with_the_line(content
         assert layout.warnings == [warning]
 
 
+def test_hex_of_the_longest_record_behind_a_byte_order_mark_is_read_a_byte_at_a_time():
+    content = ("\ufeff" + record(0, 0, bytes(255)) + END).replace("\n", "\r").encode()
+    assert len(read_hex(content, range(1, len(content)))[1]) == 255
+
+
 def test_hex_with_blank_lines_before_it_warns_of_nothing():
     assert read_hex("\n \t\n\r\n" + SMALLEST)[0].warnings == []
 
@@ -1002,14 +1007,19 @@ def scattered(pieces):
 
 
 def test_hex_in_too_many_pieces_is_refused_and_takes_bounded_memory(monkeypatch):
+    assert image_manager.MAX_SEGMENTS == 262_144
     monkeypatch.setattr(image_manager, "MAX_SEGMENTS", 100)
     assert len(read_hex(scattered(100))[0].segments) == 100
-    with pytest.raises(HexFault, match="^The data lie in more separate places than can be checked"):
+    with pytest.raises(
+        HexFault, match="^The data come in more separate pieces than can be checked"
+    ):
         read_hex(scattered(101))
     alternating = "".join(record(0, at, b"x") for at in [*range(0, 200, 2), *range(1, 200, 2)])
     assert read_hex(alternating + END)[0].segments == [(0, 200)]
     monkeypatch.setattr(image_manager, "MAX_PIECES", 150)
-    with pytest.raises(HexFault, match="^The data lie in more separate places than can be checked"):
+    with pytest.raises(
+        HexFault, match="^The data come in more separate pieces than can be checked"
+    ):
         read_hex(alternating + END)
 
 
@@ -1332,7 +1342,7 @@ def test_intel_hex_that_gives_no_raw_bytes_is_stored_with_its_report_alone(store
 def test_intel_hex_in_too_many_places_is_stored_only_unchecked(store, monkeypatch):
     monkeypatch.setattr(image_manager, "MAX_SEGMENTS", 100)
     with pytest.raises(
-        BadRequest, match="^The data lie in .*; .validate=false stores it unchecked"
+        BadRequest, match="^The data come in .*; .validate=false stores it unchecked"
     ):
         received(store, scattered(101))
     binary = received(store, scattered(101), check=False)
@@ -5339,7 +5349,7 @@ class Tab:
             self.ask(f"{domain}.enable")
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900,
                  deviceScaleFactor=1, mobile=False)  # fmt: skip
-        self.go(path)
+        self.load("Page.navigate", url=server.url + path)
         if token:
             self.fill("Token", token)
             self.click("Use token")
@@ -5347,14 +5357,15 @@ class Tab:
     def ask(self, method, **parameters):
         return self.browser.ask(method, self._session, **parameters)
 
-    def go(self, path):
-        self.ask("Page.navigate", url=self.server.url + path)
-        self.wait(
-            "document.readyState === 'complete' && button('Use token') || button('Forget token')"
-        )
+    def load(self, command, **parameters):
+        """Have a page loaded; before it is, there is nothing that could be asked."""
+        before = len(self.events("Page.loadEventFired"))
+        self.ask(command, **parameters)
+        wait_until(lambda: len(self.events("Page.loadEventFired")) > before)
+        self.wait("button('Use token') || button('Forget token')")
 
     def js(self, expression):
-        script = f"(() => {{ {self.FIND}; return {expression}; }})()"
+        script = f"(() => {{ {self.FIND}; return {expression.strip()}; }})()"
         done = self.ask(
             "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
         )
@@ -5449,7 +5460,7 @@ def test_page_lets_in_by_a_token_alone_and_forgets_it(bench, browser):
         stranger.fill("Token", "Bearer " + server.token("lab"))
         stranger.click("Use token")
         stranger.sees("Tenant lab", "No image is stored yet.")
-        stranger.ask("Page.reload")
+        stranger.load("Page.reload")
         stranger.sees("Tenant lab")
         stranger.click("Forget token")
         stranger.wait("button('Use token')")
@@ -5458,7 +5469,7 @@ def test_page_lets_in_by_a_token_alone_and_forgets_it(bench, browser):
             0,
             "",
         ]
-        stranger.ask("Page.reload")
+        stranger.load("Page.reload")
         stranger.wait("button('Use token')")
 
 
@@ -5472,7 +5483,8 @@ def test_page_takes_a_file_in_one_step_and_shows_what_is_in_it(bench, tmp_path):
     assert page.js("[field('Label').value, field('Version').value]") == ["my sensor", ""]
     page.fill("Version", "2.0.0")
     page.click("Upload")
-    page.sees("my sensor 2.0.0", "Checked: sound Intel HEX", "confirmed", "entry point",
+    page.sees("my sensor 2.0.0 is stored.", "Checked: sound Intel HEX", "confirmed", "entry point",
+              "0x08000003",
               "0x08000000", "24 bytes", "gap of 128.0 MiB")  # fmt: skip
     assert page.js("document.querySelector('svg[role=img]').getAttribute('aria-label')") == (
         "Memory map: 2 segments with 24 bytes from 0x00000100 to 0x08000004, entry point 0x08000002"
@@ -5483,6 +5495,7 @@ def test_page_takes_a_file_in_one_step_and_shows_what_is_in_it(bench, tmp_path):
     assert dump[1] == "00000110  51 52 53 54" + " .." * 12 + "  QRST" + " " * 12
     assert dump[2].strip() == ".. gap of 128.0 MiB"
     assert dump[3] == "08000000  FF FF 61 62" + " .." * 12 + "  ··ab" + " " * 12
+    assert page.js("document.querySelector('svg .entry').getBBox().y > 200")
     page.fill("Go to", "0x200")
     page.press("Enter", 13, "\r")
     page.wait("document.querySelector('#dump').textContent.startsWith('08000000')")
@@ -5514,7 +5527,7 @@ def test_page_shows_a_refusal_with_the_line_and_leaves_nothing_behind(bench, tmp
     good = write(tmp_path / "bad-1.0.0.hex", firmware()[0])
     page.choose(good)
     page.click("Upload")
-    page.sees("The file is stored.", "Checked: sound Intel HEX")
+    page.sees("bad 1.0.0 is stored.", "Checked: sound Intel HEX")
 
 
 def test_page_says_which_image_was_left_where_it_may_not_delete(bench, tmp_path):
@@ -5576,6 +5589,176 @@ def test_page_shows_a_refusal_of_the_header_while_it_still_sends(browser, tmp_pa
     assert server.application.catalogue.total() == 0
 
 
+def test_page_takes_a_file_that_is_dropped_and_one_that_is_chosen_again(bench, tmp_path):
+    server, tab = bench
+    page = tab()
+    drop = """
+    (() => {
+        const data = new DataTransfer();
+        data.items.add(new File(["x"], "dropped-1.2.3.bin"));
+        const event = new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true});
+        return document.body.dispatchEvent(event);
+    })()"""
+    assert page.js(drop) is False  # or the browser would show the file
+    page.sees("dropped-1.2.3.bin, 1 byte")
+    assert page.js("[field('Label').value, field('Version').value]") == ["dropped", "1.2.3"]
+    path = write(tmp_path / "a-1.0.0.hex", b":00000001")
+    page.choose(path)
+    page.click("Upload")
+    page.wait("alert().includes('record is cut off')")
+    write(path, firmware()[0])
+    page.choose(path)
+    page.sees(f"a-1.0.0.hex, 2.8 KiB ({path.stat().st_size} bytes)")
+    page.click("Upload")
+    page.sees("Checked: sound Intel HEX")
+    page.js(drop)
+    page.sees("dropped-1.2.3.bin, 1 byte", "1 of 1 images")
+
+
+def test_page_stores_unchecked_what_is_refused_where_that_is_wished(bench, tmp_path):
+    _, tab = bench
+    page = tab()
+    page.choose(write(tmp_path / "a-1.0.0.hex", b":00000001"))
+    page.click("Upload")
+    page.click("Store it unchecked")
+    page.sees("Not checked: stored as it is", "00000000  3A 30 30 30 30 30 30 30 31 ..")
+    page.js("location.hash = ''")
+    page.sees("unchecked")
+
+
+def test_page_shows_nothing_where_it_does_not_belong(bench, monkeypatch):
+    """What comes late: a link, bytes of a dump, an error; and a dialog of another image."""
+    server, tab = bench
+    client = client_of(server.application)
+    one = client.stored(firmware(20_000)[0], label="one")
+    two = client.stored(firmware(seed=2)[0], label="two")
+    page = tab()
+    page.open(one)
+    with monkeypatch.context() as slow:
+        sign = Tokens.sign
+        slow.setattr(Tokens, "sign", lambda *a: time.sleep(0.4) or sign(*a))
+        page.click("Make a link")
+        page.open(two)
+        time.sleep(0.6)
+        assert page.js("!field('Link')")
+    page.js("location.hash = 'no-such-image'")
+    page.open(two)
+    time.sleep(0.1)
+    assert page.js("alert()") == ""
+    page.click("Delete image")
+    page.sees("Delete two 1.0.0 and its binary?")
+    page.open(one)
+    page.wait("!document.querySelector('dialog')")
+    with monkeypatch.context() as slow:
+        opened, calls = BinaryStore.open, iter([0.4])
+        slow.setattr(BinaryStore, "open", lambda *a: time.sleep(next(calls, 0)) or opened(*a))
+        page.wait("document.querySelector('#dump')?.textContent.startsWith('00000000')")
+        page.click("Next")
+        page.fill("Go to", "0x1000")
+        page.press("Enter", 13, "\r")
+        page.wait("document.querySelector('#dump').textContent.startsWith('00001000')")
+        time.sleep(0.5)
+        assert page.js("document.querySelector('#dump').textContent.startsWith('00001000')")
+    page.click("Next")
+    page.wait("document.querySelector('#dump').textContent.startsWith('00001200')")
+    assert client.get(f"/image/{two}").json["confirmed"]
+
+
+def test_page_goes_on_with_an_upload_while_one_looks_elsewhere(bench, tmp_path, monkeypatch):
+    server, tab = bench
+    other = client_of(server.application).stored(label="other")
+    page = tab()
+    page.choose(write(tmp_path / "new-1.0.0.hex", firmware()[0]))
+    publish, held = BinaryStore.publish, threading.Event()
+    monkeypatch.setattr(BinaryStore, "publish", lambda *a: held.wait(10) and publish(*a))
+    page.click("Upload")
+    page.sees("the server checks it")
+    assert page.js("!button('Cancel')")  # it would come too late
+    page.open(other)
+    page.sees("the server checks it", "other 1.0.0")
+    held.set()
+    page.sees("new 1.0.0 is stored.")
+    assert page.js("location.hash") == "#" + other
+
+
+def test_page_takes_away_what_it_has_created_before_it_forgets_the_token(bench, tmp_path):
+    server, tab = bench
+    page = tab()
+    page.ask("Network.emulateNetworkConditions", offline=False, latency=0,
+             downloadThroughput=-1, uploadThroughput=500_000)  # fmt: skip
+    page.choose(write(tmp_path / "large-1.0.0.bin", bytes(2 * MIB)))
+    page.click("Upload")
+    page.wait("/[1-9] %/.test(text())")
+    page.click("Forget token")
+    page.wait("button('Use token')")
+    wait_until(lambda: server.application.catalogue.total() == 0)
+
+
+@pytest.mark.parametrize("token", ["a.bnVsbA.c", "a.W10.c", "a.e30.c\u200b"])
+def test_page_survives_an_odd_token_and_an_odd_address(bench, browser, token):
+    server, tab = bench
+    with contextlib.closing(Tab(browser, server, token)) as stranger:
+        stranger.wait("alert().includes('Invalid authorization token') && button('Use token')")
+        assert "No image" not in stranger.js("text()")
+    page = tab()
+    page.js("location.hash = '%E0'")
+    page.wait("alert().includes('No such image')")
+
+
+def test_page_reads_a_scope_that_is_a_list(bench, browser):
+    server, _ = bench
+    token = forged(HS256, {"service": "admin", "scope": ["image:read"]},
+                   server.application.tokens._secret).partition(" ")[2]  # fmt: skip
+    with contextlib.closing(Tab(browser, server, token)) as page:
+        page.sees("This token may not write", "This token may not delete")
+
+
+def test_page_shows_warnings_and_offers_bin_only_where_it_can_be_had(bench, tmp_path):
+    server, tab = bench
+    client = client_of(server.application)
+    apart = [record(0, 0, b"here"), record(4, 0, b"\x10\1"), record(0, 0, b"far"), END]
+    far = client.stored("".join(apart).encode(), label="far")
+    odd = record(0x0A, 0, b"\1") + record(5, 0, b"\0\0\0\4") + record(5, 0, b"\0\0\0\5")
+    other = client.stored((odd + GOOD + END).encode(), label="other")
+    page = tab()
+    page.open(far)
+    page.sees("bin from 0x00000000 to 0x00000003", "bin from 0x10010000 to 0x10010002")
+    page.save_downloads_in(tmp_path)
+    page.click("bin")
+    wait_until(lambda: (tmp_path / "far-1.0.0.bin").exists(), 20)
+    wait_until(lambda: (tmp_path / "far-1.0.0.bin").read_bytes() == b"far")
+    page.open(other)
+    page.sees("with 2 warnings", "what records of type 0A hold is unknown", "Memory map")
+    page.wait("!button('bin') && !document.querySelector('#dump') && !alert()")
+
+
+def test_page_cuts_each_long_gap_and_marks_an_entry_point_without_data(bench):
+    server, tab = bench
+    rows = [record(4, 0, bytes([0, 16 * n])) + record(0, 0, bytes(200)) for n in range(12)]
+    content = "".join([*rows, record(5, 0, b"\0\1\0\0"), END]).encode()
+    page = tab()
+    page.open(client_of(server.application).stored(content))
+    page.wait("document.querySelectorAll('svg .cut').length === 11")
+    page.wait("document.querySelectorAll('svg .entry').length === 1")
+    heights = (
+        "[...document.querySelectorAll('svg .data')].map(one => Number(one.getAttribute('height')))"
+    )
+    assert page.js(heights) == [20] * 12
+
+
+def test_page_downloads_from_its_own_origin_though_links_name_another(browser, tmp_path):
+    settings = Settings(data=tmp_path / "data", public_url="https://fw.example.com")
+    with running(settings) as server:
+        image_id = client_of(server.application).stored()
+        with contextlib.closing(Tab(browser, server, server.token())) as page:
+            page.open(image_id)
+            page.save_downloads_in(tmp_path)
+            page.click("hex")
+            wait_until(lambda: (tmp_path / "sensor-1.0.0.hex").exists(), 20)
+            page.click("Make a link")
+            page.wait("field('Link')?.value.startsWith('https://fw.example.com/image/')")
+
+
 def test_page_makes_links_and_commands_that_work(bench, tmp_path):
     server, tab = bench
     page = tab()
@@ -5584,12 +5767,13 @@ def test_page_makes_links_and_commands_that_work(bench, tmp_path):
     page.fill("Label", "it's $(reboot) `x` \u202e;")
     page.click("Upload")
     page.sees("it's $(reboot) `x` [U+202E];")
-    page.js("field('Valid for').value = 86400")
-    page.js("field('Valid for').dispatchEvent(new Event('change'))")
+    choice = "field('Valid for')"
+    page.js(f"({choice}.value = 86400, {choice}.dispatchEvent(new Event('change')))")
     page.click("Make a link")
     page.wait("field('Link')")
     link = page.js("field('Link').value")
     assert urllib.request.urlopen(link).read() == content
+    page.sees("Whoever has it can download until ")
     expires = int(urllib.parse.parse_qs(link.partition("?")[2])["expires"][0])
     assert abs(expires - time.time() - 86400) < 60
     for name, tool in (("With curl", "curl"), ("With wget", "wget")):
@@ -5608,7 +5792,7 @@ def test_page_makes_links_and_commands_that_work(bench, tmp_path):
     page.js("navigator.__proto__.__defineGetter__('clipboard', () => undefined)")
     page.click("Copy")
     page.sees("Copied")
-    assert page.js("window.copied").startswith("wget -c")
+    assert page.js("window.copied").startswith("wget -O")
     folder = tmp_path / "downloads"
     page.save_downloads_in(folder)
     for name, wanted in (("hex", content), ("bin", None)):
@@ -5670,17 +5854,19 @@ def test_page_lists_the_newest_first_and_filters_while_one_types(bench):
     assert len(page.js(rows)) == 400
     page.fill("Filter", "LABEL 12")
     page.wait(f"{rows}.length === 11")
+    page.fill("Filter", "1.123.")
+    page.wait(f"{rows}.length === 1")
     page.fill("Filter", ids[7][:13].upper())
     page.wait(f"{rows}.length === 1")
     page.js("document.querySelector('tbody a').focus()")
     page.press("Enter", 13, "\r")
     page.sees(ids[7], "label 7 1.7.0")
     assert page.js("location.hash") == "#" + ids[7]
-    page.ask("Page.reload")
+    page.load("Page.reload")
     page.sees("label 7 1.7.0")
     page.js("history.back()")
     page.wait("field('Filter')")
-    page.go("/#" + "no-such-image")
+    page.js("location.hash = 'no-such-image'")
     page.wait("alert().includes('No such image')")
 
 
@@ -5757,6 +5943,14 @@ def test_page_fits_a_phone_and_has_no_fault_that_axe_knows(bench, tmp_path, mode
     fits()
     page.click("Delete image")
     page.wait("document.querySelector('dialog[open]')")
+    assert page.js("document.activeElement.textContent") == "Cancel"
+    fits()
+    page.click("Cancel")
+    page.js("location.hash = ''")
+    page.click("Forget token")
+    page.fill("Token", server.token("t" * 128))
+    page.click("Use token")
+    page.choose(write(tmp_path / f"{'f' * 180}.hex", b"x"))
     fits()
 
 
@@ -5764,7 +5958,7 @@ def test_page_can_be_used_by_the_keyboard_alone(bench):
     server, tab = bench
     image_id = client_of(server.application).stored()
     page = tab()
-    page.ask("Page.reload")
+    page.load("Page.reload")
     page.sees("sensor")
     reached = set()
     for _ in range(40):
@@ -5776,6 +5970,15 @@ def test_page_can_be_used_by_the_keyboard_alone(bench):
     assert {"Forget token", "file", "label", "version", "filter", "sensor"} <= reached
     page.press("Enter", 13, "\r")
     page.sees(image_id)
+    page.wait("document.activeElement.tagName === 'H2'")
+    page.wait("button('Next')")
+    for name in ("Make a link", "First"):
+        page.js(f"button('{name}').focus()")
+        page.press("Enter", 13, "\r")
+        wanted = "Copy" if name == "Make a link" else name
+        page.wait(f"document.activeElement.textContent === '{wanted}'")
+        time.sleep(0.1)
+        assert page.js("document.activeElement.textContent") == wanted
 
 
 # ------------------------------------------------------------------------------------- command line
