@@ -712,8 +712,8 @@ NO_DIGIT = re.compile(b"[^0-9A-Fa-f]")
 END_RECORD = re.compile(rb":00[0-9A-Fa-f]{4}01[0-9A-Fa-f]{2}(?![0-9A-Fa-f])")
 PAYLOAD_SIZE = {1: 0, 2: 2, 3: 4, 4: 2, 5: 4}  # bytes, of the record types that have just one
 LONGEST_RECORD = 3 + 1 + 2 * (255 + 5)  # characters, with a byte order mark before
-SHORTEST_RUN = 16  # records: below, one by one is as fast
-LONGEST_RUN_PAYLOAD = 250  # bytes: the sum of a record's bytes must fit 16 bits
+MIN_RUN = 16  # records: below, one by one is as fast
+MAX_RUN_PAYLOAD = 250  # bytes: the sum of a record's bytes must fit 16 bits
 MAX_SEGMENTS = 1 << 18
 MAX_PIECES = 1 << 21  # before they are joined; putting them in order takes 100 MiB
 TOO_SCATTERED = (
@@ -896,7 +896,7 @@ class HexReader:
 
     def _take_run(self, lines: list[bytes]) -> bytes:
         """Take lines of one length; return their data."""
-        if len(lines) < SHORTEST_RUN:
+        if len(lines) < MIN_RUN:
             return b"".join(map(self._take_line, lines))
         data = self._take_data_records(lines)
         if data is None:
@@ -910,7 +910,7 @@ class HexReader:
         width = length // 2  # bytes of a record
         size = width - 5
         text = b"".join(lines)
-        if self._ended or not length % 2 or not 0 < size <= LONGEST_RUN_PAYLOAD:
+        if self._ended or not length % 2 or not 0 < size <= MAX_RUN_PAYLOAD:
             return None
         if text[::length] != b":" * count:
             return None
@@ -993,7 +993,7 @@ class HexReader:
             raise self._fault(f"type {kind:02X} has {count} bytes, not {PAYLOAD_SIZE[kind]}")
         self._records += 1
         if kind:
-            self._obey(kind, int.from_bytes(payload, "big"))
+            self._apply_control_record(kind, int.from_bytes(payload, "big"))
             return b""
         self._add_data(self._base + int.from_bytes(record[1:3], "big"), count)
         return payload
@@ -1019,7 +1019,7 @@ class HexReader:
             if len(self._sizes) > MAX_PIECES:
                 raise HexFault(TOO_SCATTERED)
 
-    def _obey(self, kind: int, value: int) -> None:
+    def _apply_control_record(self, kind: int, value: int) -> None:
         """Do what a record says that is not data."""
         if kind == 1:
             self._ended = True

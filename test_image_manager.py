@@ -5489,6 +5489,7 @@ def test_page_takes_a_file_in_one_step_and_shows_what_is_in_it(bench, tmp_path):
     assert page.js("document.querySelector('svg[role=img]').getAttribute('aria-label')") == (
         "Memory map: 2 segments with 24 bytes from 0x00000100 to 0x08000004, entry point 0x08000002"
     )
+    page.wait("document.querySelector('#dump')")
     dump = page.js("document.querySelector('#dump').textContent").splitlines()
     letters = " ".join(f"{number:02X}" for number in range(65, 81))
     assert dump[0] == f"00000100  {letters}  ABCDEFGHIJKLMNOP"
@@ -5876,6 +5877,7 @@ def test_page_draws_thousands_of_segments_and_counts_those_it_does_not_list(benc
     page = tab()
     page.open(image_id)
     page.sees("and 500 more segments")
+    page.wait("document.querySelector('#dump')")
     assert page.js("document.querySelectorAll('svg rect').length") < 700
     assert page.js("document.querySelector('#dump').textContent").count("78 .. 78 ..") >= 32
 
