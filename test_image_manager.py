@@ -13,7 +13,6 @@ import concurrent.futures
 import contextlib
 import email.utils
 import errno
-import fcntl
 import functools
 import hashlib
 import hmac
@@ -5267,6 +5266,8 @@ class Browser:
     """Chromium without a window, driven by its DevTools protocol over two pipes."""
 
     def __init__(self, program, folder):
+        import fcntl
+
         commands, answers = os.pipe(), os.pipe()
         # It reads from file 3 and writes to 4, which may be taken by these very pipes.
         spare = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (commands[0], answers[1])]
