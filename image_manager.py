@@ -2040,9 +2040,8 @@ def header_size(received: bytearray, checked: int) -> int:
         return end + 2
     if not REQUEST_START.match(received) or STRAY_LINE_END.search(received, checked - 1):
         raise BadRequest("A request is lines that end in CR LF, the first with a method")
-    length = received.find(
-        b"\r\n", 0, CHUNK_LINE_LIMIT
-    )  # a longer first line is read with the rest
+    # A first line that is longer is read with the rest.
+    length = received.find(b"\r\n", 0, CHUNK_LINE_LIMIT)
     if length >= max(checked - 1, 0):  # it has just come to its end
         parse_request_line(bytes(received[:length]))
     return 0
