@@ -3326,7 +3326,7 @@ def has_room(file: int) -> bool:
         return True
 
 
-class StandardError(logging.StreamHandler[Any]):
+class StandardError(logging.StreamHandler):  # type: ignore[type-arg] # no generic in 3.10
     """Writes the log to standard error; where nobody reads that, lines are lost, and no time."""
 
     def emit(self, record: logging.LogRecord) -> None:
