@@ -49,7 +49,10 @@ The folder
 To add
 
     a route       a line of ROUTES and a method of Application; BODIES and SCHEMAS for new JSON
-    a column      a script at the end of MIGRATIONS (never change one), then the SQL below them
+    a column      a script at the end of MIGRATIONS (never change one; ALTER TABLE adds columns),
+                  then the SQL below them
+    a member      of images: besides its column, Catalogue.add and change, create_image and
+                  change_image, SCHEMAS and BODIES, text_faults for its limits, the README
     a check       of an upload's bytes: Upload.write and finish; of a request: Application._upload
     a setting     a field of Settings; its option and environment variable follow from it
 
@@ -69,7 +72,7 @@ The life of one download
     Application.admit            knows the caller by Tokens.verify, or a link by Tokens.verify_link
     Application.download_binary  holds the conditions (not_modified) and the range (requested_range)
     Application._open            reads the row, opens the file, looks whether the row still holds
-    BinaryStore.open             refuses a file that is not whole
+    BinaryStore.open             refuses a file of another length; verify alone hashes it
     place_window                 finds the bytes that format=bin asks for
     Excerpt.read                 gives them, gaps filled
     Connection._send_body        sends one piece by sendfile, anything else as the client takes it
@@ -2522,7 +2525,7 @@ class Route(NamedTuple):
 
 # What is no id, whatever the method: it has a path of its own.
 OTHER_THAN_IDS = r"(?!(?:latest|binary|latest/binary)\Z)"
-LABELS = ("label", "fw_version")  # what a client can set
+LABELS = ("label", "fw_version")  # members that a client must give, and may change
 IMAGE, BINARY = "/image/<image_id>", "/image/<image_id>/binary"
 PAGE, WINDOW = ("limit", "offset"), ("format", "start", "end", "fill")
 LATEST_QUERY, UPLOAD_QUERY = ("label", "current"), ("sha256", "validate")
@@ -3619,7 +3622,9 @@ class Connection(asyncio.Protocol):
                 content.seek(sent, os.SEEK_CUR)
         except asyncio.SendfileNotAvailableError:
             pass
-        except (OSError, RuntimeError, asyncio.CancelledError):  # the client has gone, or must go
+        except (OSError, RuntimeError, asyncio.CancelledError) as error:
+            if getattr(error, "errno", None) == errno.EIO:  # else the client has gone, or must go
+                log.error("a binary cannot be read (%s)", error)
             self.transport.abort()
 
     def abort(self) -> None:

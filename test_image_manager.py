@@ -7182,7 +7182,9 @@ def test_readme_every_command_works_as_pasted(fresh):
     assert '"message":"image uploaded"' in out and '"result":"ok"' in out
     folder, _ = fresh
     firmware_hex = (folder / "firmware.hex").read_bytes()
-    names = ("copy.hex", "fw.hex", "latest.hex", *(["fw-too.hex"] if shutil.which("wget") else []))
+    patterns = ("copy.hex", "fw-????????-*.hex", "latest.hex", "fw-too-*.hex")
+    names = [path for pattern in patterns for path in folder.glob(pattern)]
+    assert len(names) == (4 if shutil.which("wget") else 3)
     assert [(folder / name).read_bytes() for name in names] == [firmware_hex] * len(names)
     assert (folder / "fw.bin").read_bytes() == b"\1\2\3\4"
     assert (folder / "window.bin").read_bytes() == b"\1\2\3\4" + bytes(12)
@@ -7308,6 +7310,17 @@ def test_readme_lists_every_route_and_setting():
     assert {name.replace("-", "_").lower() for name in named} == fields
     variables = re.findall(r"IMAGE_MANAGER_(\w+)", README)
     assert {name.lower() for name in variables} <= fields
+
+
+def test_openapi_names_the_members_that_images_have_and_take(client):
+    schemas = image_manager.SCHEMAS
+    image_id = client.create()
+    created = client.post_json("/image", {"label": "a", "fw_version": "1"}).json
+    client.upload(image_id, firmware()[0])
+    assert client.get(f"/image/{image_id}").json.keys() == schemas["Image"]["properties"].keys()
+    assert created.keys() == schemas["Created"]["properties"].keys()
+    for name in ("image", "change"):
+        assert image_manager.BODIES[name][1]["properties"].keys() == set(image_manager.LABELS)
 
 
 def test_manual_names_functions_and_tests_that_are_there():
