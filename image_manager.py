@@ -819,7 +819,7 @@ class HexReader:
         self._start_address: int | None = None
         # Pieces of data that follow on, in the order of the file.
         self._addresses, self._sizes = array.array("Q"), array.array("Q")
-        self._other_types: set[int] = set()
+        self._other_types: dict[int, str] = {}  # with the warning of each
         self._noted: set[str] = set()  # where there is text besides the records
         self._warnings: list[str] = []
         self._warned = 0
@@ -856,7 +856,8 @@ class HexReader:
             where = hex_address(address)
             self._warn(f"{size} bytes at {where} are written more than once: the last wins")
         more = self._warned - MAX_WARNINGS
-        warnings = self._warnings + [f"There are {more} more warnings"] * (more > 0)
+        warnings = [*self._other_types.values(), *self._warnings]
+        warnings += [f"There are {more} more warnings"] * (more > 0)
         written = sum(self._sizes)
         return Layout(self._records, written, self._start_address, segments, warnings)
 
@@ -1045,9 +1046,9 @@ class HexReader:
                 self._warn(f"Line {self._line}: {reason}; the last one counts")
             self._start_address = start
         elif kind not in self._other_types:
-            self._other_types.add(kind)
             reason = f"what records of type {kind:02X} hold is unknown"
-            self._warn(f"Line {self._line}: {reason}, so that there are no raw bytes")
+            warning = f"Line {self._line}: {reason}, so that there are no raw bytes"
+            self._other_types[kind] = warning
 
 
 # ------------------------------------------------------------------------------------- catalogue
@@ -1288,6 +1289,8 @@ class Catalogue:
         self._idle: dict[bool, list[sqlite3.Connection]] = {True: [], False: []}
         # Threads queue here. SQLite's own waiting, for other processes, sleeps for up to 100 ms.
         self._writing = threading.RLock()
+        # Closing the last connection removes the log: nobody may open one, or look, meanwhile.
+        self._opening = threading.RLock()
         self._additions: list[dict[str, Any]] = []  # that no thread has begun to record
         self._places.pop("-wal", None)
 
@@ -1301,7 +1304,9 @@ class Catalogue:
 
     def require_in_place(self) -> None:
         """Raise Unavailable where changes would be lost: a file has been deleted or replaced."""
-        if any(self._find(suffix) != place for suffix, place in list(self._places.items())):
+        with self._opening:
+            moved = [name for name, place in self._places.items() if self._find(name) != place]
+        if moved:
             raise Unavailable("The catalogue was deleted or replaced: restart the service")
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
@@ -1353,13 +1358,14 @@ class Catalogue:
             # Another thread may take the last one between a test and the pop.
             with contextlib.suppress(IndexError):
                 connection = self._idle[waits].pop()
-            connection = connection or self._open(waits)
+            if not connection:
+                with self._opening:
+                    connection = self._open(waits)
             yield connection
         except sqlite3.Error as error:
             if connection:
-                connection.close()
+                self._drop([connection])
                 connection = None
-                self._places.pop("-wal", None)  # it may have been the last one
             locked = Unavailable if waits else MustWait
             known = {"disk is full": StorageFull, "is locked": locked, "readonly": ReadOnly}
             if shutil.disk_usage(self._path.parent).free < MIB:
@@ -1408,21 +1414,29 @@ class Catalogue:
         self._closed = True
         self.disconnect()
 
-    def pause(self) -> None:
-        """Wait for the change under way, have others wait for resume(), and disconnect."""
-        self._writing.acquire()
+    def pause(self) -> bool:
+        """Wait for the change under way, have others wait for resume(), and disconnect.
+
+        Returns False for one that takes longer, as it waits for another process: it holds nothing.
+        """
+        paused = self._writing.acquire(timeout=1)
         self.disconnect()
+        return paused
 
     def resume(self) -> None:
         self._writing.release()
 
     def disconnect(self) -> None:
         """Close the connections that are not lent; who asks for one gets a new one."""
-        self._places.pop("-wal", None)
         for idle in self._idle.values():
-            with contextlib.suppress(IndexError):
+            self._drop(idle)
+
+    def _drop(self, connections: list[sqlite3.Connection]) -> None:
+        with self._opening:
+            with contextlib.suppress(IndexError):  # of those that others take meanwhile
                 while True:
-                    idle.pop().close()
+                    connections.pop().close()
+            self._places.pop("-wal", None)  # SQLite removes the log with the last connection
 
     def add(self, tenant: str, label: str, fw_version: str) -> tuple[str, str]:
         """Add an image; return its id and when it was created.
@@ -1599,17 +1613,19 @@ class Catalogue:
             return found
 
     def faults(self, check: str = "integrity_check") -> list[str]:
-        """Return what is wrong with the file; quick_check leaves out the indexes and the values."""
+        """Return what SQLite finds wrong with the file; quick_check leaves out the indexes."""
         try:
             with self._connection() as connection:
                 rows = connection.execute(f"PRAGMA {check}(10)").fetchall()
-                unread = connection.execute(UNREADABLE) if check == "integrity_check" else ()
-                rows += [
-                    (f"the record of image {image_id} cannot be read",) for (image_id,) in unread
-                ]
         except Damaged as error:
             return [str(error.__cause__)]
         return [line for row in rows if row[0] != "ok" for line in str(row[0]).splitlines()]
+
+    def unreadable(self) -> list[str]:
+        """Return which records cannot be read: SQLite has no sums, so that noise is no damage."""
+        with self._connection() as connection:
+            rows = connection.execute(UNREADABLE).fetchall()
+        return [f"the record of image {image_id} cannot be read" for (image_id,) in rows]
 
     def ever_used(self) -> bool:
         """Tell whether there ever was an image."""
@@ -1634,6 +1650,7 @@ class Catalogue:
 
 UNREADABLE_RECORD = "The record of image {} cannot be read: the log says why"
 CATALOGUES: weakref.WeakSet[Catalogue] = weakref.WeakSet()
+FORKING = threading.local()  # what a thread that forks has paused
 
 
 def before_fork() -> None:
@@ -1641,12 +1658,11 @@ def before_fork() -> None:
 
     SQLite would take the parent's locks for its own: "How To Corrupt An SQLite Database File", 2.6.
     """
-    for catalogue in list(CATALOGUES):
-        catalogue.pause()
+    FORKING.paused = [catalogue for catalogue in list(CATALOGUES) if catalogue.pause()]
 
 
 def after_fork_in_parent() -> None:
-    for catalogue in list(CATALOGUES):
+    for catalogue in FORKING.paused:
         catalogue.resume()
 
 
@@ -1913,19 +1929,18 @@ class BinaryStore:
 
     def _require_renaming(self) -> None:
         """Raise CannotStart where a file cannot move from one folder to the other in one step."""
-        handle, name = tempfile.mkstemp(dir=self.uploads)
-        os.close(handle)
+        # A folder, as one that a crash leaves is taken for no binary.
+        name = tempfile.mkdtemp(dir=self.uploads)
         moved = self.folder / Path(name).name
         try:
             os.replace(name, moved)
         except OSError as error:
+            os.rmdir(name)
             if error.errno != errno.EXDEV:
                 raise
             remedy = "what arrives in one must appear in the other in one step"
             raise CannotStart(f"{self.folder} and tmp are on two mounts: {remedy}") from error
-        finally:
-            for path in (Path(name), moved):
-                path.unlink(missing_ok=True)
+        os.rmdir(moved)
 
     @contextlib.contextmanager
     def receive(self, limit: int, check: bool = True, require: bool = False) -> Iterator[Upload]:
@@ -4062,6 +4077,7 @@ def verify_store(folder: Path, progress: Callable[[int, int], object]) -> tuple[
     with open_store(folder) as (catalogue, binaries):
         faults = [f"damaged: the catalogue ({fault})" for fault in catalogue.faults()]
         try:
+            faults += [f"damaged: {fault}" for fault in catalogue.unreadable()]
             require_catalogue(catalogue, binaries)
             strays = catalogue.strays(binaries.names())
             if strays:
@@ -4149,6 +4165,7 @@ def back_up_store(folder: Path, destination: Path) -> tuple[int, list[str]]:
         os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         faults = [f"damaged: the catalogue ({fault})" for fault in catalogue.faults()]
         try:
+            faults += [f"damaged: {fault}" for fault in catalogue.unreadable()]
             require_catalogue(catalogue, binaries)
             images, found = copy_images(catalogue, draft, binaries, copies)
         except Damaged as error:
@@ -4191,6 +4208,7 @@ h2 { font-size: 1.4rem; margin: 1rem 0 .5rem; }
 .panel h2, .panel h3 { font-size: 1rem; margin: 0 0 .75rem; }
 a { color: var(--accent); }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+h2:focus-visible { outline: none; }  /* where the reading begins, and nothing to press */
 .panel { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem;
   padding: 1rem; margin: 0 0 1.25rem; }
 .row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
@@ -4223,7 +4241,8 @@ pre { margin: 0; overflow-x: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
 .list { table-layout: fixed; }
-.list th:first-child { width: 36%; }
+.list th.number, .list th.short { width: 6.5rem; }
+.list th.wide { width: 14rem; }
 th { text-align: left; font-weight: 600; font-size: .875rem; color: var(--quiet); }
 th, td { padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
@@ -4254,6 +4273,7 @@ dialog::backdrop { background: rgb(0 0 0 / 55%); }
   dl { grid-template-columns: minmax(0, 1fr); gap: 0; }
   dd { margin-bottom: .5rem; }
   td.number, th.number { padding-right: .75rem; }
+  .list th.number, .list th.short { width: 5.2rem; }
   pre { font-size: .68rem; }
 }
 """
@@ -4264,7 +4284,7 @@ const BASE = location.pathname.replace(/\/+$/, "");  // with the prefix, if ther
 const ROWS = 200, SEGMENTS = 1000, LINE = 500, DUMP_ROWS = 32, MIB = 1 << 20;
 const TIME = new Intl.DateTimeFormat(undefined, {dateStyle: "medium", timeStyle: "medium"});
 const state = {
-  token: sessionStorage.getItem("token") || "", rights: new Set(), tenant: "",
+  token: sessionStorage.getItem("token") || "", refused: "", rights: new Set(), tenant: "",
   images: null, filter: "", shown: ROWS, image: null,
   alert: null, news: "", coming: "",  // news of what has just been done, for the next place
   file: null, label: "", version: "", typed: new Set(),
@@ -4309,17 +4329,21 @@ const field = (name, attributes) =>
 // The API.
 
 async function ask(method, path, body, headers = {}) {
+  const {token} = state;
   let response;
   try {
     response = await fetch(BASE + path, {method, headers: {
-      Authorization: "Bearer " + state.token, ...headers,
+      Authorization: "Bearer " + token, ...headers,
       ...(body ? {"Content-Type": "application/json"} : {}),
     }, body: body && JSON.stringify(body)});
   } catch {
     throw new Error("The connection is broken: is the service running?");
   }
   if (response.ok) return response;
-  if (response.status === 401) forget();
+  if (response.status === 401 && token === state.token) {
+    forget();
+    state.refused = token;
+  }
   throw new Error(sentence(await response.text(), response.status));
 }
 
@@ -4359,7 +4383,7 @@ async function attempt(action, {where = "top", everywhere = false} = {}) {
     await action();
   } catch (error) {
     if (here !== visit && !everywhere) return;
-    state.alert = {message: error.message, line: error.line, where};
+    state.alert = {message: error.message, line: error.line, upload: error.upload, where};
     render();
     document.querySelector("[role=alert]").scrollIntoView({block: "nearest"});
   }
@@ -4372,17 +4396,20 @@ let visit = 0;  // an answer that comes when one has gone on is not shown
 async function go() {
   const now = ++visit;
   document.querySelector("dialog")?.close();
-  Object.assign(state, {image: null, link: null, dump: null, goTo: "",
-    news: state.coming, coming: ""});
+  Object.assign(state, {news: state.coming, coming: ""});
   readToken();
   await attempt(async () => {
     const id = place();
-    if (state.token && may("read")) {
-      const found = await (await ask("GET", id ? path(id) : "/image")).json();
-      if (now !== visit) return;
-      if (id) state.image = found;
-      else state.images = found.reverse();
+    let found = null;
+    try {  // until the answer comes, what is shown stays, and its buttons mean that
+      if (state.token && may("read"))
+        found = await (await ask("GET", id ? path(id) : "/image")).json();
+    } finally {
+      if (now === visit)
+        Object.assign(state, {image: id ? found : null, link: null, dump: null, goTo: ""});
     }
+    if (now !== visit) return;
+    if (!id && found) state.images = found.reverse();
     render();
     if (!state.image) return;
     scrollTo(0, 0);
@@ -4415,11 +4442,11 @@ function forget() {
 function forgetToken() {
   if (state.upload) {  // which needs the token to take away what it has created
     state.upload.afterwards = forgetToken;
-    if (state.upload.request) state.upload.request.abort();
+    cancel();
     return;
   }
   forget();
-  state.file = null;
+  Object.assign(state, {file: null, label: "", version: "", typed: new Set(), refused: ""});
   go();
 }
 
@@ -4451,6 +4478,7 @@ async function upload(event, query = "") {
         id = (await (await ask("POST", "/image", body)).json()).id;
         left = true;
       }
+      if (sending.cancelled) throw new Error("The upload was cancelled");
       await send(file, path(id, "binary") + query);
       Object.assign(state, {file: null, label: "", version: "", typed: new Set()});
       state.coming = `${name} is stored.`;
@@ -4458,18 +4486,28 @@ async function upload(event, query = "") {
       if (left) await takeAway(id, error);
       const [, line] = /\bline (\d+)/.exec(error.message) || [];
       if (line) error.line = await lineOf(file, Number(line));
+      error.upload = image ? image.id : "new";
       throw error;
     } finally {
       state.upload = null;
     }
     if (sending.afterwards) return;
-    if (here !== visit) {  // one looks at something else by now
+    if (here !== visit && place() && place() !== id) {  // one looks at something else by now
       Object.assign(state, {news: state.coming, coming: ""});
       render();
-    } else if (place() === id) await go();
+    } else if (here !== visit || place() === id) await go();
     else location.hash = id;
   }, {everywhere: true});
-  if (sending.afterwards) sending.afterwards();
+  if (!sending.afterwards) return;
+  const {alert} = state;  // it may say which image was left
+  sending.afterwards();
+  state.alert = alert;
+  render();
+}
+
+function cancel() {
+  state.upload.cancelled = true;
+  if (state.upload.request) state.upload.request.abort();
 }
 
 function send(file, to) {  // fetch() does not tell how much is sent
@@ -4572,7 +4610,7 @@ function drawMap(image) {
   if (entryAt !== null) {
     shapes.push(element("path", {class: "entry", d: `M0 ${entryAt - 6}l12 6l-12 6z`}));
     const taken = labels.some(at => Math.abs(at - entryAt) < 16);
-    shapes.push(element("text", {x: taken ? 200 : 104, y: entryAt + 4}, "entry point"));
+    shapes.push(element("text", {x: taken ? 232 : 104, y: entryAt + 4}, "entry point"));
   }
   const said = `Memory map: ${parts.length} ${parts.length === 1 ? "segment" : "segments"} with `
     + `${exactSize(data)} from ${address(parts[0].at)} to ${address(end)}`
@@ -4705,14 +4743,14 @@ function confirmDeletion(question, action) {
 
 async function deleteBinary(image) {
   await ask("DELETE", path(image.id, "binary"));
-  state.coming = "The binary is deleted.";
-  await go();
+  state.coming = `The binary of ${title(image)} is deleted.`;
+  if (state.image === image) await go();
 }
 
 async function deleteImage(image) {
   await ask("DELETE", path(image.id));
   state.coming = `${title(image)} is deleted.`;
-  location.replace("#");  // Back must not lead there
+  if (state.image === image) location.replace("#");  // Back must not lead there
 }
 
 // Showing the state.
@@ -4728,7 +4766,7 @@ function render() {
   const again = id ? document.getElementById(id)
     : [...document.querySelectorAll("button, a")].find(one => one.textContent === textContent);
   if (again) again.focus({preventScroll: true});
-  if (again && again.type === "text") again.setSelectionRange(selectionStart, selectionStart);
+  if (again && selectionStart != null) again.setSelectionRange(selectionStart, selectionStart);
   if (state.upload) renderProgress();
   document.title = (state.image ? title(state.image) + " - " : "") + "Image Manager";
 }
@@ -4748,7 +4786,8 @@ const title = image => plain(`${image.label} ${image.fw_version}`);
 function alertView(place) {
   if (!state.alert || state.alert.where !== place) return null;
   const {message, line} = state.alert;
-  const unchecked = message.includes("?validate=false") && state.file && !state.upload;
+  const here = state.alert.upload === (state.image ? state.image.id : "new");
+  const unchecked = here && message.includes("?validate=false") && state.file && !state.upload;
   return element("div", {role: "alert"}, plain(message), line && element("pre", {}, plain(line)),
     unchecked && element("p", {class: "row"},
       button("Store it unchecked", event => upload(event, "?validate=false"))));
@@ -4759,7 +4798,8 @@ function tokenView() {
     element("p", {}, "A token lets you in. Whoever runs the service makes one with ",
       element("code", {}, "python image_manager.py token"), "."),
     element("div", {class: "row"},
-      field("Token", {id: "token", required: true, spellcheck: "false", class: "mono"}),
+      field("Token", {id: "token", required: true, spellcheck: "false", class: "mono",
+        value: state.refused}),
       element("button", {class: "main"}, "Use token")));
 }
 
@@ -4792,11 +4832,10 @@ function uploadView() {
 }
 
 function sendingView() {
-  const {upload: sending} = state;
-  return sending && element("section", {class: "panel row middle"},
+  return state.upload && element("section", {class: "panel row middle"},
     element("progress", {id: "progress", class: "grow", max: 1, "aria-label": "Upload"}),
     element("span", {id: "sent", role: "status"}),
-    button("Cancel", () => sending.request && sending.request.abort(), "", "cancel"));
+    button("Cancel", cancel, "", "cancel"));
 }
 
 function renderProgress() {
@@ -4828,7 +4867,7 @@ function listView() {
   fill();
   const filter = field("Filter", {id: "filter", type: "search", value: state.filter,
     oninput: event => { state.filter = event.target.value; state.shown = ROWS; fill(); }});
-  const heads = [["Label", ""], ["Version", ""], ["Size", "number"], ["Checked", ""],
+  const heads = [["Label", ""], ["Version", ""], ["Size", "number"], ["Checked", "short"],
     ["Created", "wide"]];
   return element("section", {}, element("div", {class: "row"}, filter), count,
     state.images.length > 0 && table(heads, rows, "list"), more);
@@ -4841,7 +4880,8 @@ function table(heads, rows, kind = "") {
 
 function listRow(image) {
   const to = "#" + encodeURIComponent(image.id);
-  return element("tr", {class: "link", onclick: () => { location.hash = to; }},
+  const open = event => { if (event.target.tagName !== "A") location.hash = to; };
+  return element("tr", {class: "link", onclick: open},
     element("td", {}, element("a", {href: to}, plain(image.label).trim() || image.id)),
     element("td", {}, plain(image.fw_version)),
     element("td", {class: "number"}, image.confirmed ? size(image.size) : ""),
@@ -4967,7 +5007,7 @@ function dumpView() {
   const jump = event => {
     event.preventDefault();
     const text = state.goTo.trim();
-    const copied = /^(?=0|.*[a-f])[0-9a-f]{8}$/i.test(text);  // from the hex dump
+    const copied = /^(?=.*[a-f])[0-9a-f]{8}$/i.test(text);  // from the hex dump
     attempt(async () => {
       if (!copied && !/^(0x[0-9a-f]{1,8}|\d{1,10})$/i.test(text))
         throw new Error("Go to takes an address: 0x08000000, or a decimal number");
@@ -4988,16 +5028,19 @@ function dumpView() {
 
 addEventListener("hashchange", go);
 addEventListener("dragover", event => {
+  if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
   document.documentElement.classList.add("dropping");
 });
 addEventListener("dragleave", () => document.documentElement.classList.remove("dropping"));
 addEventListener("drop", event => {
-  event.preventDefault();
   document.documentElement.classList.remove("dropping");
-  if (!state.token || !may("write")) return;
-  if (state.image && state.image.confirmed) location.hash = "";
-  choose(event.dataTransfer.files[0]);
+  const [file] = event.dataTransfer.files;
+  if (!file) return;  // text, for a field
+  event.preventDefault();
+  if (!state.token || !may("write") || state.upload) return;
+  if (place() && !(state.image && !state.image.confirmed)) location.hash = "";
+  choose(file);
 });
 addEventListener("beforeunload", event => {
   if (state.upload) event.preventDefault();

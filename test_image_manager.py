@@ -955,6 +955,12 @@ def test_hex_overlap_is_reported_and_the_later_record_wins():
     assert layout.warnings[0] == ("2 bytes at 0x00000002 are written more than once: the last wins")
 
 
+def test_hex_that_warns_a_lot_names_other_types_all_the_same():
+    starts = "".join(record(5, 0, number.to_bytes(4, "big")) for number in range(60))
+    warnings = read_hex(starts + record(0x0A, 0) + END)[0].warnings
+    assert "type 0A" in warnings[0] and warnings[-1] == "There are 19 more warnings"
+
+
 def test_hex_that_warns_a_lot_says_how_many_more():
     lines = [record(0, at * 8, b"ab") * 2 for at in range(45)]
     warnings = read_hex("".join([*lines, END]))[0].warnings
@@ -5016,6 +5022,62 @@ if {end!r} == "closes":
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forks_amid_requests_leave_the_catalogue_in_use(tmp_path):
+    """Connections are closed before each, and opened again by whoever reads meanwhile."""
+    with contextlib.closing(Catalogue(tmp_path / "image_manager.db")) as catalogue:
+        end, failed = threading.Event(), []
+
+        def read():
+            while not end.is_set():
+                try:
+                    catalogue.total()
+                except image_manager.ServiceError as error:
+                    failed.append(error)
+                time.sleep(0.001)
+
+        readers = [threading.Thread(target=read) for _ in range(6)]
+        for reader in readers:
+            reader.start()
+        for _ in range(150):
+            pid = os.fork()
+            if not pid:
+                os._exit(0)
+            os.waitpid(pid, 0)
+            time.sleep(0.002)
+        end.set()
+        for reader in readers:
+            reader.join()
+        assert not failed and catalogue.add("t", "l", "1")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_catalogue_that_is_made_while_another_thread_forks_disturbs_nobody(tmp_path):
+    with contextlib.ExitStack() as closing:
+        made = [closing.enter_context(contextlib.closing(Catalogue(tmp_path / f"{n}.db")))
+                for n in range(3)]  # fmt: skip
+
+        def write():
+            with made[1]._transaction():
+                time.sleep(0.4)
+                made.append(Catalogue(tmp_path / "3.db"))
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        time.sleep(0.1)
+        pid = os.fork()
+        if not pid:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        writer.join()
+        closing.enter_context(contextlib.closing(made[3]))
+        for catalogue in made:  # in another thread: this one holds what it may have kept
+            adding = threading.Thread(target=catalogue.add, args=("t", "l", "1"), daemon=True)
+            adding.start()
+            adding.join(5)
+            assert catalogue.total() == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_child_of_a_busy_application_has_locks_and_connections_of_its_own(tmp_path):
     with contextlib.closing(Catalogue(tmp_path / "image_manager.db")) as catalogue:
         held = threading.Event()
@@ -5501,7 +5563,7 @@ def test_page_takes_a_file_in_one_step_and_shows_what_is_in_it(bench, tmp_path):
     page.fill("Go to", "0x200")
     page.press("Enter", 13, "\r")
     page.wait("document.querySelector('#dump').textContent.startsWith('08000000')")
-    page.fill("Go to", "00000104")  # as the dump writes it
+    page.fill("Go to", "0000010A")  # as the dump writes it
     page.press("Enter", 13, "\r")
     page.wait("document.querySelector('#dump').textContent.startsWith('00000100')")
     page.fill("Go to", "0x9000000")
@@ -5683,6 +5745,58 @@ def test_page_goes_on_with_an_upload_while_one_looks_elsewhere(bench, tmp_path, 
     assert page.js("location.hash") == "#" + other
 
 
+def test_page_cancels_an_upload_before_the_image_is_there(bench, tmp_path, monkeypatch):
+    server, tab = bench
+    page = tab()
+    page.choose(write(tmp_path / "new-1.0.0.hex", firmware()[0]))
+    add = Catalogue.add
+    monkeypatch.setattr(Catalogue, "add", lambda *a: time.sleep(0.3) or add(*a))
+    page.click("Upload")
+    page.click("Cancel")
+    page.wait("alert().includes('The upload was cancelled')")
+    wait_until(lambda: server.application.catalogue.total() == 0)
+
+
+def test_page_stores_nothing_in_an_image_it_was_not_meant_for(bench, tmp_path, monkeypatch):
+    server, tab = bench
+    other, _ = server.application.catalogue.add("admin", "pump", "9.9.9")
+    page = tab()
+    page.choose(write(tmp_path / "valve-1.0.0.hex", b":00000001"))
+    add = Catalogue.add
+    monkeypatch.setattr(Catalogue, "add", lambda *a: time.sleep(0.3) or add(*a))
+    page.click("Upload")
+    page.open(other)
+    page.wait("alert().includes('record is cut off')")
+    assert page.js("!button('Store it unchecked')")
+    page.js("location.hash = ''")
+    page.sees("pump")
+    get = Catalogue.get_json
+    monkeypatch.setattr(Catalogue, "get_json", lambda *a: time.sleep(0.4) or get(*a))
+    page.js(f"location.hash = '{other}'")
+    page.click("Upload")  # of the list, which is still shown
+    page.sees("pump 9.9.9")
+    page.wait("alert().includes('record is cut off')")
+    assert not client_of(server.application).get(f"/image/{other}").json["confirmed"]
+
+
+def test_page_keeps_a_token_though_the_one_before_is_refused_late(bench, browser, monkeypatch):
+    server, _ = bench
+    verify = Tokens.verify
+    monkeypatch.setattr(
+        Tokens, "verify", lambda s, h: time.sleep(0.4 * (h == "Bearer wrong")) or verify(s, h)
+    )
+    with contextlib.closing(Tab(browser, server)) as page:
+        page.fill("Token", "wrong")
+        page.click("Use token")
+        page.js(f"(sessionStorage.setItem('token', {server.token()!r}), location.reload())")
+        page.sees("No image is stored yet.")
+        page.click("Forget token")
+        page.fill("Token", "wrong")
+        page.click("Use token")
+        page.wait("alert().includes('Invalid authorization token')")
+        assert page.js("field('Token').value") == "wrong"
+
+
 def test_page_takes_away_what_it_has_created_before_it_forgets_the_token(bench, tmp_path):
     server, tab = bench
     page = tab()
@@ -5821,7 +5935,7 @@ def test_page_deletes_after_it_has_asked(bench):
     assert client.get(f"/image/{image_id}").json["confirmed"]
     page.click("Delete binary")
     page.click("Delete")
-    page.sees("Not confirmed", "The binary is deleted.")
+    page.sees("Not confirmed", "The binary of sensor 1.0.0 is deleted.")
     page.click("Delete image")
     page.sees("Delete sensor 1.0.0 and its binary?")
     page.click("Delete")
