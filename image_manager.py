@@ -1289,8 +1289,8 @@ class Catalogue:
         self._idle: dict[bool, list[sqlite3.Connection]] = {True: [], False: []}
         # Threads queue here. SQLite's own waiting, for other processes, sleeps for up to 100 ms.
         self._writing = threading.RLock()
-        # Closing the last connection removes the log: nobody may open one, or look, meanwhile.
-        self._opening = threading.RLock()
+        # Closing the last connection removes the log: nobody may look for it meanwhile.
+        self._looking = threading.Lock()
         self._additions: list[dict[str, Any]] = []  # that no thread has begun to record
         self._places.pop("-wal", None)
 
@@ -1304,7 +1304,7 @@ class Catalogue:
 
     def require_in_place(self) -> None:
         """Raise Unavailable where changes would be lost: a file has been deleted or replaced."""
-        with self._opening:
+        with self._looking:
             moved = [name for name, place in self._places.items() if self._find(name) != place]
         if moved:
             raise Unavailable("The catalogue was deleted or replaced: restart the service")
@@ -1345,9 +1345,10 @@ class Catalogue:
         except sqlite3.Error:
             connection.close()
             raise
-        log = self._find("-wal")  # there as long as a connection is open
-        if self._make and log != (0, 0):
-            self._places.setdefault("-wal", log)
+        with self._looking:
+            log = self._find("-wal")  # there as long as a connection is open
+            if self._make and log != (0, 0):
+                self._places.setdefault("-wal", log)
         return connection
 
     @contextlib.contextmanager
@@ -1358,9 +1359,7 @@ class Catalogue:
             # Another thread may take the last one between a test and the pop.
             with contextlib.suppress(IndexError):
                 connection = self._idle[waits].pop()
-            if not connection:
-                with self._opening:
-                    connection = self._open(waits)
+            connection = connection or self._open(waits)
             yield connection
         except sqlite3.Error as error:
             if connection:
@@ -1432,7 +1431,7 @@ class Catalogue:
             self._drop(idle)
 
     def _drop(self, connections: list[sqlite3.Connection]) -> None:
-        with self._opening:
+        with self._looking:
             with contextlib.suppress(IndexError):  # of those that others take meanwhile
                 while True:
                     connections.pop().close()
