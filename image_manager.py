@@ -1290,7 +1290,7 @@ class Catalogue:
         # Threads queue here. SQLite's own waiting, for other processes, sleeps for up to 100 ms.
         self._writing = threading.RLock()
         # Closing the last connection removes the log: nobody may look for it meanwhile.
-        self._looking = threading.Lock()
+        self._looking, self._looked = threading.Lock(), 0.0
         self._additions: list[dict[str, Any]] = []  # that no thread has begun to record
         self._places.pop("-wal", None)
 
@@ -1302,10 +1302,18 @@ class Catalogue:
             return 0, 0
         return found.st_dev, found.st_ino
 
+    def _is_in_place(self, suffix: str) -> bool:
+        place = self._places.get(suffix)
+        return place is None or self._find(suffix) == place
+
     def require_in_place(self) -> None:
         """Raise Unavailable where changes would be lost: a file has been deleted or replaced."""
+        moved = not self._is_in_place("")
         with self._looking:
-            moved = [name for name, place in self._places.items() if self._find(name) != place]
+            if time.monotonic() - self._looked > 0.05:  # each look lets other threads go first
+                self._looked = time.monotonic()
+                if not self._is_in_place("-wal"):
+                    moved, self._looked = True, 0.0  # look again at once
         if moved:
             raise Unavailable("The catalogue was deleted or replaced: restart the service")
 

@@ -1636,6 +1636,7 @@ def test_catalogue_whose_log_was_deleted_takes_no_changes(client, app):
     """What is written to the log that nobody finds any more would be lost."""
     image_id = client.stored(b"x")
     (app.settings.data / "image_manager.db-wal").unlink()
+    time.sleep(0.06)  # it looks now and then
     message = "The catalogue was deleted or replaced: restart the service"
     for _ in range(2):
         error(client.delete(f"/image/{image_id}", status=503), 503, message)
@@ -5038,7 +5039,7 @@ def test_forks_amid_requests_leave_the_catalogue_in_use(tmp_path):
         readers = [threading.Thread(target=read) for _ in range(6)]
         for reader in readers:
             reader.start()
-        for _ in range(150):
+        for _ in range(100):
             pid = os.fork()
             if not pid:
                 os._exit(0)
