@@ -3393,6 +3393,8 @@ PORT = re.compile(r"\A([0-9.]+):[0-9]+\Z|\A\[(.*)\](?::[0-9]+)?\Z")  # which som
 @functools.lru_cache(maxsize=1024)
 def client_address(peer: str, forwarded: str, trusted: tuple[Network, ...]) -> str:
     """Return the last address on the way here that is not one of the trusted proxies."""
+    if not trusted:
+        return peer
     found = peer
     for hop in [peer, *reversed(forwarded.split(","))]:
         try:
@@ -3406,30 +3408,16 @@ def client_address(peer: str, forwarded: str, trusted: tuple[Network, ...]) -> s
 
 
 # ------------------------------------------------------------------------------------- server
-# One thread, the loop, owns every socket; a few others run the application and touch none. The way
-# of a request:
-#
-#   loop    Server._accept       takes a connection, while there are fewer than the limit
-#   loop    Connection._header   waits for a whole header; refuses at once what cannot become one
-#   loop    Request()            reads it: what is asked for, and where the body ends
-#   loop    Application.admit    if a body follows: may this client send it, and does it fit?
-#   loop    Request.receive      spools the body to tmp/ while it arrives
-#   loop    Application.answer   runs the route's handler, if that is quick and has not to wait,
-#   thread  Application.answer   or else in a thread, where it may wait for disk and catalogue
-#   loop    Connection._send     sends the answer as fast as the client takes it
-#   loop    Connection._linger   after the last answer, reads on until the client has got it
+# One thread, the loop, owns every socket; a few others run the application and touch none. The
+# manual's "life of one upload" follows a request through both.
 
 IDLE = 120  # seconds in which a client must send or take something
 LOOK = 1  # seconds from one look at whose time is over to the next
-LINGER = 10  # seconds to keep reading after the last answer, for
-LINGER_BYTES = 64 * MIB  # at most: closing with bytes unread would destroy the answer on its way
-GRACE = 30  # seconds that requests in flight may take to end
+# Reading goes on after the last answer: closing with bytes unread would destroy it on its way.
+LINGER, LINGER_BYTES = 10, 64 * MIB  # seconds and bytes, at most
 SEND_BLOCK = 64 * KIB  # bytes of an answer that are read ahead of the client
 SENDFILE_BLOCK = MIB  # bytes that the system sends of a file in one call, of which a client takes
 SLOWEST = 2 * KIB  # at least, in a second
-ENDING = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
-]
 
 # What a connection waits for: by reading, or otherwise.
 READING = HEADER, BODY, END = ("the next header", "the rest of a body", "the client's end")
@@ -3438,10 +3426,7 @@ Life = Generator[str, Any, None]
 
 
 class Connection(asyncio.Protocol):
-    """A client's connection, in the loop.
-
-    Its life is a generator that yields what it waits for; _step() goes on with it.
-    """
+    """A client's connection: its life is a generator that yields what it waits for."""
 
     def __init__(self, server: Server) -> None:
         self._server, self._loop = server, asyncio.get_running_loop()
@@ -3451,8 +3436,6 @@ class Connection(asyncio.Protocol):
         self._sending: asyncio.Task[None] | None = None
         self._life = self._live()
         self.waits_for = ""
-
-    # What asyncio calls.
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -3486,12 +3469,11 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, _: Exception | None) -> None:
         self._lost = True
-        self._server.forget(self)
+        self._server.connections.discard(self)
+        self._server.places.release()
         if self.waits_for != THREAD:  # else its answer comes first, and is closed
             self.waits_for = ""
             self._life.close()
-
-    # The life of a connection.
 
     def _step(self, value: object = None) -> None:
         """Go on until there is something to wait for again."""
@@ -3537,7 +3519,10 @@ class Connection(asyncio.Protocol):
             try:
                 yield from self._send(answer)
             finally:
-                self._log(request, answer)
+                if log_file := self._server.access_log:
+                    environ = request.environ if request else self._addresses
+                    target = request.target if request else ""
+                    log_file.write(environ, target, answer.status, self._sent)
             if keep and self._received:  # a pipeline lets the others in between
                 yield from self._turn()
         yield from self._linger()
@@ -3563,11 +3548,9 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, request: Request) -> Generator[str, Any, Answer | None]:
         """Return the answer to a request, None where the client has gone."""
-        request.environ |= self._addresses
-        if self._trusted:
-            forwarded = request.environ.get("HTTP_X_FORWARDED_FOR", "")
-            named = client_address(request.environ["REMOTE_ADDR"], forwarded, self._trusted)
-            request.environ["REMOTE_ADDR"] = named
+        forwarded = request.environ.get("HTTP_X_FORWARDED_FOR", "")
+        named = client_address(self._addresses["REMOTE_ADDR"], forwarded, self._trusted)
+        request.environ |= {**self._addresses, "REMOTE_ADDR": named}
         with contextlib.closing(request):
             if request.has_body:
                 limit = self._application.admit(request.environ)
@@ -3654,13 +3637,6 @@ class Connection(asyncio.Protocol):
         if not (self._sending and self._sending.cancel()):
             self.transport.abort()
 
-    def _log(self, request: Request | None, answer: Answer) -> None:
-        if self._server.access_log:
-            environ, target = (
-                (request.environ, request.target) if request else (self._addresses, "")
-            )
-            self._server.access_log.write(environ, target, answer.status, self._sent)
-
     def _turn(self) -> Life:
         self._loop.call_soon(self._go_on, TURN)
         yield TURN
@@ -3679,9 +3655,7 @@ class Connection(asyncio.Protocol):
 class Server:
     """Serves an application on a listening socket, in the thread that calls run()."""
 
-    def __init__(
-        self, application: Application, listener: socket.socket, shared: bool = False
-    ) -> None:
+    def __init__(self, application: Application, listener: socket.socket, shared: bool) -> None:
         """Take a listening socket, `shared` with other processes or not; raises CannotStart."""
         self.application, self.settings = application, application.settings
         self._listener, self._shared = listener, shared
@@ -3691,7 +3665,7 @@ class Server:
         self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.stopping, self._grace, self._next_complaint = False, 0.0, 0.0
         self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
-        self._places = asyncio.Semaphore(connection_limit())
+        self.places = asyncio.Semaphore(connection_limit())
 
     def run(self) -> None:
         """Serve until stop() is called, then let the requests in flight finish."""
@@ -3754,7 +3728,7 @@ class Server:
         """Take clients while there is a place for them; the others wait in the backlog."""
         opening = set()  # the loop keeps no task alive
         while True:
-            await self._places.acquire()
+            await self.places.acquire()
             try:
                 client, _ = await self._loop.sock_accept(self._listener)
                 task = self._loop.create_task(self._open(client))
@@ -3763,15 +3737,14 @@ class Server:
                 if self._shared:
                     await asyncio.sleep(0)  # leave some to the others
             except OSError as error:
-                self._places.release()
+                self.places.release()
                 if not isinstance(error, ConnectionError):  # of a client that has left already
                     self.complain(error)
                     await asyncio.sleep(1)  # others may give back files or memory
 
     async def _open(self, client: socket.socket) -> None:
         try:
-            # asyncio would only log that a socket cannot be watched, and leave it open. Windows's
-            # own loop watches none.
+            # asyncio would only log that it cannot watch a socket. Windows's own loop watches none.
             with contextlib.suppress(NotImplementedError):
                 self._loop.add_reader(client.fileno(), bool)
                 self._loop.remove_reader(client.fileno())
@@ -3779,7 +3752,7 @@ class Server:
         except OSError as error:
             self.complain(error)
             client.close()
-            self._places.release()
+            self.places.release()
 
     def complain(self, error: OSError) -> None:
         """Log that a connection cannot be taken, once a minute."""
@@ -3787,12 +3760,13 @@ class Server:
             self._next_complaint = self._loop.time() + 60
             log.error("a connection cannot be taken (%s): trying again every second", error)
 
-    def forget(self, connection: Connection) -> None:
-        self.connections.discard(connection)
-        self._places.release()
-
 
 # ------------------------------------------------------------------------------------- processes
+
+GRACE = 30  # seconds that requests in flight may take to end
+ENDING = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+]
 
 
 def connection_limit() -> int:
@@ -3902,7 +3876,7 @@ def running(settings: Settings) -> Iterator[Running]:
     with sole_use(settings.data), contextlib.closing(create_app(settings)) as application:
         clean_up(application)
         with listen(settings) as listener:
-            server = Server(application, listener)
+            server = Server(application, listener, shared=False)
             thread = threading.Thread(target=server.run, name="image-manager", daemon=True)
             thread.start()
             try:
