@@ -25,6 +25,7 @@ Settings. From here to the end each layer knows only those above it:
     errors            all that can go wrong, each with its HTTP status
     settings          one frozen object, made once and passed in
     tokens            who calls and what they may do; signed links
+    memory            data by address: pieces in any order, segments, what overlaps
     Intel HEX         records in, layout and data or the first fault out
     catalogue         the images' metadata in SQLite: all SQL is here
     binaries          the files: received, published, read in excerpts
@@ -694,13 +695,131 @@ class Tokens:
         return base64.urlsafe_b64encode(mac).decode().rstrip("=")
 
 
+# ------------------------------------------------------------------------------------- memory
+# Data by address: pieces as a file writes them, in any order; segments as they lie in the memory.
+
+
+class Extent(NamedTuple):
+    """A run of data: where it belongs, how long it is, where it stands in a file."""
+
+    address: int
+    size: int
+    offset: int
+
+
+def hex_address(address: int) -> str:
+    return f"0x{address:08X}"
+
+
+def join_adjacent(pieces: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield (address, size) of what pieces cover that come in the order of their addresses."""
+    begin = end = 0
+    for address, size in pieces:
+        if address > end:
+            if end > begin:
+                yield begin, end - begin
+            begin = address
+        end = max(end, address + size)
+    if end > begin:
+        yield begin, end - begin
+
+
+class Pieces:
+    """Data that come in any order; where two are for one address, the later wins."""
+
+    def __init__(self) -> None:
+        self._addresses, self._sizes = array.array("Q"), array.array("Q")
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def add(self, address: int, size: int) -> None:
+        """Take the next data; what follows on lengthens the piece before."""
+        if self._sizes and self._addresses[-1] + self._sizes[-1] == address:
+            self._sizes[-1] += size
+        elif size:
+            self._addresses.append(address)
+            self._sizes.append(size)
+
+    def written(self) -> int:
+        """Return the bytes of all, those for one address counted each time."""
+        return sum(self._sizes)
+
+    def segments(self) -> list[tuple[int, int]]:
+        """Return (address, size) of what they cover, in the order of addresses."""
+        return list(join_adjacent(self._sorted()))
+
+    def overlaps(self) -> Iterator[tuple[int, int]]:
+        """Yield (address, size) of what they cover more than once."""
+        return join_adjacent(self._covered_again())
+
+    def _covered_again(self) -> Iterator[tuple[int, int]]:
+        reached = 0
+        for address, size in self._sorted():
+            if address < reached:
+                yield address, min(address + size, reached) - address
+            reached = max(reached, address + size)
+
+    def _sorted(self) -> Iterator[tuple[int, int]]:
+        return ((self._addresses[number], self._sizes[number]) for number in self._order())
+
+    def is_in_order(self) -> bool:
+        """Tell whether the data are in the order of their addresses, none written twice."""
+        ends = map(operator.add, self._addresses, self._sizes)
+        return all(map(operator.le, ends, self._addresses[1:]))
+
+    def extents(self) -> Iterator[Extent]:
+        """Yield where in the order of the file the data stand that come next in the memory."""
+        offsets = array.array("Q", itertools.accumulate(self._sizes, initial=0))
+        order = self._order()
+        following = array.array("Q", (self._addresses[piece] for piece in order[1:]))
+        following.append(1 << 33)
+        covering: list[int] = []  # pieces that have begun, as negative numbers: the last wins
+        for piece, until in zip(order, following):
+            heapq.heappush(covering, -piece)
+            at = self._addresses[piece]
+            while covering and at < until:
+                last = -covering[0]
+                begin = self._addresses[last]
+                end = min(begin + self._sizes[last], until)
+                if end > at:
+                    yield Extent(at, end - at, offsets[last] + at - begin)
+                    at = end
+                else:
+                    heapq.heappop(covering)
+
+    def _order(self) -> Sequence[int]:
+        """Return the numbers of the pieces in the order of their addresses."""
+        return sorted(range(len(self._addresses)), key=self._addresses.__getitem__)
+
+
+class Segments:
+    """Runs of data in the order of their addresses, as they stand one after the other in a file."""
+
+    def __init__(self, segments: Iterable[tuple[int, int]]) -> None:
+        """Take (address, size) of each."""
+        self.begins, self.ends, self.offsets = (array.array("Q") for _ in range(3))
+        offset = 0
+        for address, size in segments:
+            self.begins.append(address)
+            self.ends.append(address + size)
+            self.offsets.append(offset)
+            offset += size
+
+    def between(self, begin: int, end: int) -> Iterator[Extent]:
+        """Yield what lies between two addresses, cut to them."""
+        for index in range(bisect.bisect_right(self.ends, begin), len(self.ends)):
+            address = self.begins[index]
+            first, last = max(address, begin), min(self.ends[index], end)
+            if first >= last:
+                return
+            yield Extent(first, last - first, self.offsets[index] + first - address)
+
+
 # ------------------------------------------------------------------------------------- Intel HEX
-# After Intel's Hexadecimal Object File Format Specification, revision A of 1988. A reader goes
-# through the lines: those of one length that follow one another are checked and taken together, a
-# column of bytes at a time (_take_run), all others one by one (_take_line), which also finds the
-# fault of a run that is not sound. Runs of data that follow one another make a piece. The data come
-# out in the order of the file; where that is not the order of their addresses, or where pieces
-# overlap, extents() says in which order they belong.
+# After Intel's Hexadecimal Object File Format Specification, revision A of 1988. Lines of one
+# length that follow one another are checked and taken together, a column of bytes at a time
+# (_take_run); all others, and those of a run that is not sound, one by one (_take_line).
 
 # A file is read as Intel HEX where it begins with a colon, or a line looks like a record: one in
 # UTF-16 too, which is then refused.
@@ -730,14 +849,6 @@ class HexFault(Exception):
     """Says why a file cannot be taken as Intel HEX: its first fault, in most cases."""
 
 
-class Extent(NamedTuple):
-    """A run of data: where it belongs, how long it is, where it stands in a file."""
-
-    address: int
-    size: int
-    offset: int
-
-
 class Layout(NamedTuple):
     """What a file says."""
 
@@ -760,32 +871,6 @@ class Layout(NamedTuple):
 def looks_like_hex(begin: bytes) -> bool:
     """Tell whether a file whose first DETECTION_LIMIT bytes are given is meant as Intel HEX."""
     return FIRST_RECORD.search(begin) is not None
-
-
-def hex_address(address: int) -> str:
-    return f"0x{address:08X}"
-
-
-def join_adjacent(pieces: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield (address, size) of what pieces cover that come in the order of their addresses."""
-    begin = end = 0
-    for address, size in pieces:
-        if address > end:
-            if end > begin:
-                yield begin, end - begin
-            begin = address
-        end = max(end, address + size)
-    if end > begin:
-        yield begin, end - begin
-
-
-def overlaps(pieces: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield what pieces cover again that come in the order of their addresses."""
-    reached = 0
-    for address, size in pieces:
-        if address < reached:
-            yield address, min(address + size, reached) - address
-        reached = max(reached, address + size)
 
 
 def record_fault(line: bytes) -> str:
@@ -817,8 +902,7 @@ class HexReader:
         self._base, self._wrap_to, self._limit = 0, 0, 1 << 32
         self._linear_base = 0  # of the last record of type 04
         self._start_address: int | None = None
-        # Pieces of data that follow on, in the order of the file.
-        self._addresses, self._sizes = array.array("Q"), array.array("Q")
+        self.pieces = Pieces()  # in the order of the file
         self._other_types: dict[int, str] = {}  # with the warning of each
         self._noted: set[str] = set()  # where there is text besides the records
         self._warnings: list[str] = []
@@ -844,55 +928,21 @@ class HexReader:
 
     def layout(self) -> Layout:
         """Return what the file says; to be called once, after finish()."""
-        order = self._order()
-
-        def pieces() -> Iterator[tuple[int, int]]:
-            return ((self._addresses[number], self._sizes[number]) for number in order)
-
-        segments = list(join_adjacent(pieces()))
+        segments = self.pieces.segments()
         if len(segments) > MAX_SEGMENTS:
             raise HexFault(TOO_SCATTERED)
-        for address, size in join_adjacent(overlaps(pieces())):
+        for address, size in self.pieces.overlaps():
             where = hex_address(address)
             self._warn(f"{size} bytes at {where} are written more than once: the last wins")
         more = self._warned - MAX_WARNINGS
         warnings = [*self._other_types.values(), *self._warnings]
         warnings += [f"There are {more} more warnings"] * (more > 0)
-        written = sum(self._sizes)
+        written = self.pieces.written()
         return Layout(self._records, written, self._start_address, segments, warnings)
 
     def has_raw_bytes(self) -> bool:
         """Tell whether there are data, and they are all that is to be flashed."""
-        return bool(self._sizes) and not self._other_types
-
-    def is_in_order(self) -> bool:
-        """Tell whether the data are in the order of their addresses, none written twice."""
-        ends = map(operator.add, self._addresses, self._sizes)
-        return all(map(operator.le, ends, self._addresses[1:]))
-
-    def extents(self) -> Iterator[Extent]:
-        """Yield where in the order of the file the data stand that come next in the memory."""
-        offsets = array.array("Q", itertools.accumulate(self._sizes, initial=0))
-        order = self._order()
-        following = array.array("Q", (self._addresses[piece] for piece in order[1:]))
-        following.append(1 << 33)
-        covering: list[int] = []  # pieces that have begun, as negative numbers: the last wins
-        for piece, until in zip(order, following):
-            heapq.heappush(covering, -piece)
-            at = self._addresses[piece]
-            while covering and at < until:
-                last = -covering[0]
-                begin = self._addresses[last]
-                end = min(begin + self._sizes[last], until)
-                if end > at:
-                    yield Extent(at, end - at, offsets[last] + at - begin)
-                    at = end
-                else:
-                    heapq.heappop(covering)
-
-    def _order(self) -> Sequence[int]:
-        """Return the numbers of the pieces in the order of their addresses."""
-        return sorted(range(len(self._addresses)), key=self._addresses.__getitem__)
+        return len(self.pieces) > 0 and not self._other_types
 
     def _take(self, lines: list[bytes]) -> bytes:
         runs = itertools.groupby(lines, len)
@@ -1015,13 +1065,9 @@ class HexReader:
         self._add_piece(address, size)
 
     def _add_piece(self, address: int, size: int) -> None:
-        if self._sizes and self._addresses[-1] + self._sizes[-1] == address:
-            self._sizes[-1] += size
-        elif size:
-            self._addresses.append(address)
-            self._sizes.append(size)
-            if len(self._sizes) > MAX_PIECES:
-                raise HexFault(TOO_SCATTERED)
+        self.pieces.add(address, size)
+        if len(self.pieces) > MAX_PIECES:
+            raise HexFault(TOO_SCATTERED)
 
     def _apply_control_record(self, kind: int, value: int) -> None:
         """Do what a record says that is not data."""
@@ -1686,29 +1732,6 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-class Segments:
-    """Runs of data in the order of their addresses, as they stand one after the other in a file."""
-
-    def __init__(self, segments: Iterable[tuple[int, int]]) -> None:
-        """Take (address, size) of each."""
-        self.begins, self.ends, self.offsets = (array.array("Q") for _ in range(3))
-        offset = 0
-        for address, size in segments:
-            self.begins.append(address)
-            self.ends.append(address + size)
-            self.offsets.append(offset)
-            offset += size
-
-    def between(self, begin: int, end: int) -> Iterator[Extent]:
-        """Yield what lies between two addresses, cut to them."""
-        for index in range(bisect.bisect_right(self.ends, begin), len(self.ends)):
-            address = self.begins[index]
-            first, last = max(address, begin), min(self.ends[index], end)
-            if first >= last:
-                return
-            yield Extent(first, last - first, self.offsets[index] + first - address)
-
-
 def parse_segments(report: str) -> Segments:
     segments = json.loads(report)["segments"]
     return Segments((int(segment["address"], 16), segment["size"]) for segment in segments)
@@ -1897,13 +1920,13 @@ class Upload:
         if not reader.has_raw_bytes():
             self._drop(".bin")
             return None
-        if not reader.is_in_order():
+        if not reader.pieces.is_in_order():
             self._files[".bin"].close()
             unordered = self.paths[".bin"]
             try:
                 self._create(".bin")
                 with open(unordered, "rb", buffering=0) as file:
-                    for block in read_extents(file, reader.extents()):
+                    for block in read_extents(file, reader.pieces.extents()):
                         self._store(".bin", block)
             finally:
                 unordered.unlink()
@@ -4049,7 +4072,7 @@ def bin_matches_hex(raw: io.FileIO, file: io.FileIO, uploads: Path) -> bool:
         for block in iter(functools.partial(file.read, BLOCK), b""):
             data.write(reader.feed(block))
         data.write(reader.finish())
-        wanted = read_extents(data, reader.extents())
+        wanted = read_extents(data, reader.pieces.extents())
         return all(raw.read(len(block)) == block for block in wanted)
 
 

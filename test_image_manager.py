@@ -651,12 +651,12 @@ def read_hex(content, cuts=()):
     data = b"".join(reader.feed(content[a:b]) for a, b in itertools.pairwise(edges))
     data += reader.finish()
     layout, placed = reader.layout(), {}
-    for extent in reader.extents():
+    for extent in reader.pieces.extents():
         for at in range(extent.size):
             assert extent.address + at not in placed
             placed[extent.address + at] = data[extent.offset + at]
     assert list(placed) == sorted(placed)
-    assert not reader.is_in_order() or data == bytes(placed.values())
+    assert not reader.pieces.is_in_order() or data == bytes(placed.values())
     return layout, placed
 
 
