@@ -8,7 +8,7 @@
 #     "multipart>=1.2,<3",
 # ]
 # ///
-"""A firmware image store: one file, one folder, curl as its client.
+"""A firmware image store: one file, one folder, curl or a browser as its client.
 
 It keeps firmware images for devices to download: label and version in SQLite, the .hex binaries
 as files, tenants kept apart by JSON Web Tokens. It speaks the API of dojot's image-manager v0.6.0
@@ -154,7 +154,7 @@ import urllib.parse
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -302,7 +302,7 @@ class ReadOnly(Unavailable):
 
 
 class MustWait(Unavailable):
-    """Is raised where a thread that never waits finds the catalogue locked."""
+    """A thread that never waits has met a locked catalogue, or what takes long to read."""
 
 
 class StorageFull(ServiceError):
@@ -788,7 +788,7 @@ class Pieces:
                 else:
                     heapq.heappop(covering)
 
-    def _order(self) -> Sequence[int]:
+    def _order(self) -> list[int]:
         """Return the numbers of the pieces in the order of their addresses."""
         return sorted(range(len(self._addresses)), key=self._addresses.__getitem__)
 
@@ -963,9 +963,9 @@ class HexReader:
         count, length = len(lines), len(lines[0])
         width = length // 2  # bytes of a record
         size = width - 5
-        text = b"".join(lines)
         if self._ended or not length % 2 or not 0 < size <= MAX_RUN_PAYLOAD:
             return None
+        text = b"".join(lines)
         if text[::length] != b":" * count:
             return None
         try:
@@ -1525,11 +1525,16 @@ class Catalogue:
         return str(found)
 
     def segments(self, image: Image) -> Segments:
-        """Return where the data of sound Intel HEX belong."""
+        """Return where the data of sound Intel HEX belong.
+
+        Raises Damaged also where another binary has been recorded since the image was read.
+        """
         known = self._segments.get(image.sha256)
         if not known:
-            (report,) = self._image_row("report", image.tenant, image.id)
+            sha256, report = self._image_row("sha256, report", image.tenant, image.id)
             try:
+                if sha256 != image.sha256:  # they must not be remembered under its digest
+                    raise ValueError("another binary")
                 known = parse_segments(report)
             except (ValueError, KeyError, TypeError) as error:
                 raise Damaged(UNREADABLE_RECORD.format(image.id)) from error

@@ -2754,6 +2754,30 @@ def test_raw_bytes_of_what_has_none_are_422_and_the_reason(client, content, reas
     client.get(f"/image/{image_id}/binary?format=bin&start=x", status=400)
 
 
+def test_window_of_a_binary_that_is_replaced_meanwhile_never_mixes_the_two(
+    client, app, monkeypatch
+):
+    """What lies where is remembered by the digest of the binary, and must be of that very one."""
+    old = (record(0, 0x100, b"old") + END).encode()
+    new = (record(0, 0x200, b"newer") + END).encode()
+    image_id = client.stored(old)
+    path, get, swapped = f"/image/{image_id}/binary", Catalogue.get, []
+
+    def get_and_replace(self, *names):
+        image = get(self, *names)
+        if not swapped:
+            swapped.append(image)
+            client.delete(path)
+            client.upload(image_id, new)
+        return image
+
+    monkeypatch.setattr(Catalogue, "get", get_and_replace)
+    response = client.get(path + "?format=bin")
+    assert (response.body, response.headers["X-Load-Address"]) == (b"newer", "0x00000200")
+    again = client.get(f"/image/{client.stored(old)}/binary?format=bin")
+    assert (again.body, again.headers["X-Load-Address"]) == (b"old", "0x00000100")
+
+
 def test_window_of_262_144_pieces_is_served_by_a_few_reads(tmp_path, monkeypatch):
     pieces = image_manager.MAX_SEGMENTS
     with running(Settings(data=tmp_path)) as server:
