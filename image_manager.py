@@ -4239,7 +4239,7 @@ button.bad { border-color: var(--bad); }
 button:disabled { opacity: .55; cursor: default; }
 progress { width: 100%; height: .8rem; accent-color: var(--accent); }
 p { margin: 0 0 .75rem; }
-.quiet, .count { color: var(--quiet); }
+.quiet { color: var(--quiet); }
 .verdict { font-weight: 600; color: var(--accent); }
 .bad { color: var(--bad); }
 [role=alert] { border-left: 4px solid var(--bad); padding: .5rem .75rem; background: var(--panel);
@@ -4268,7 +4268,6 @@ svg { display: block; max-width: 100%; height: auto; }
 svg text { font: 12px ui-monospace, Menlo, Consolas, monospace; fill: var(--text); }
 svg .gap-label { fill: var(--quiet); }
 svg .data { fill: var(--accent); }
-svg .gap { fill: none; stroke: var(--line); }
 svg .cut { stroke: var(--quiet); stroke-dasharray: 3 3; }
 svg .entry { fill: var(--mark); }
 dialog { background: var(--back); color: var(--text); border: 1px solid var(--line);
@@ -4827,10 +4826,9 @@ function uploadView() {
     value: state[key], disabled: Boolean(sending), spellcheck: "false",
     oninput: event => { state[key] = event.target.value; state.typed.add(key); }});
   const chosen = element("label", {class: "grow"}, "File", element("input", {
-    id: "file", type: "file", disabled: Boolean(sending), onchange: event => {
-      choose(event.target.files[0]);
-      event.target.value = "";  // or the same file, mended, could not be chosen again
-    }}));
+    // render() makes this anew: so the same file, mended, can be chosen again.
+    id: "file", type: "file", disabled: Boolean(sending),
+    onchange: event => choose(event.target.files[0])}));
   return element("form", {class: "panel", onsubmit: upload},
     image ? element("h3", {}, "Upload the binary") : element("h2", {}, "Upload an image"),
     element("div", {class: "row"}, chosen,
@@ -4864,7 +4862,7 @@ const matching = () => {
 };
 
 function listView() {
-  const rows = element("tbody"), count = element("p", {class: "count", role: "status"});
+  const rows = element("tbody"), count = element("p", {class: "quiet", role: "status"});
   const more = button("Show more", () => { state.shown += ROWS; fill(); });
   const fill = () => {
     const found = matching();
