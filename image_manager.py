@@ -118,6 +118,7 @@ import asyncio
 import base64
 import binascii
 import bisect
+import collections
 import contextlib
 import dataclasses
 import email.errors
@@ -227,14 +228,6 @@ class Unauthorised(ServiceError):
         super().__init__(message, {"WWW-Authenticate": "Bearer"})
 
 
-class Forbidden(ServiceError):
-    status = 403
-
-    def __init__(self, right: str) -> None:
-        challenge = {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
-        super().__init__(f"This token does not give the right {right}", challenge)
-
-
 class NotFound(ServiceError):
     status, message = 404, "No such path"
 
@@ -246,14 +239,6 @@ class NoSuchImage(NotFound):
 
 class NoBinary(NotFound):
     message = "Image does not have an binary file"
-
-
-class MethodNotAllowed(ServiceError):
-    status, message = 405, "Method not allowed"
-
-
-class BinaryExists(ServiceError):
-    status, message = 409, "Binary already exists"
 
 
 class LengthRequired(ServiceError):
@@ -275,14 +260,6 @@ class TooLarge(ServiceError):
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"The body is larger than the {limit} bytes allowed here")
-
-
-class RangeNotSatisfiable(ServiceError):
-    status = 416
-
-    def __init__(self, size: int) -> None:
-        where = {"Content-Range": f"bytes */{size}"}
-        super().__init__(f"The range lies outside the {size} bytes", where)
 
 
 class Unprocessable(ServiceError):
@@ -1237,9 +1214,6 @@ REMOVE = (
 )
 IN_USE = """SELECT id || '.hex' FROM image WHERE confirmed = 1
     UNION ALL SELECT id || '.bin' FROM image WHERE confirmed = 1 AND raw_size IS NOT NULL"""
-UNREADABLE = """SELECT id FROM image WHERE julianday(created) IS NULL
-    OR report IS NOT NULL AND NOT json_valid(report)
-    OR stored IS NOT NULL AND julianday(stored) IS NULL"""
 LEFT_OVER = """SELECT confirmed = 0 OR (:suffix = '.bin' AND raw_size IS NULL) FROM image
     WHERE id = :id UNION ALL SELECT 1 FROM removed WHERE id = :id"""
 
@@ -1307,10 +1281,14 @@ class Catalogue:
         Raises CannotStart.
         """
         self._path, self._closed, self._make = path, False, make
+        self._place: tuple[int, int] | None = None  # of the file, once it is there
         self._thread = threading.local()
+        # Connections to lend to whatever thread asks, by whether they wait for a lock.
+        self._idle: dict[bool, list[sqlite3.Connection]] = {True: [], False: []}
+        # Threads queue here. SQLite's own waiting, for other processes, sleeps for up to 100 ms.
+        self._writing = threading.RLock()
+        self._additions: list[dict[str, Any]] = []  # that no thread has begun to record
         self._segments: dict[str, Segments] = {}  # of the last few binaries, by their digest
-        self._places: dict[str, tuple[int, int]] = {}  # of the file and its log, by their suffix
-        self.own()
         CATALOGUES.add(self)
         try:
             with self._transaction() if make else self._connection() as connection:
@@ -1318,7 +1296,7 @@ class Catalogue:
             # Of this SQLite says nothing before a change.
             if make and not os.access(path, os.W_OK):
                 raise ReadOnly
-            self._places[""] = self._find("")
+            self._place = self._find()
         except (ServiceError, CannotStart) as error:
             self.close()
             reason = f"{error.__cause__ or error}; name another folder with --data, or "
@@ -1327,40 +1305,17 @@ class Catalogue:
             reason = CANNOT_USE.get(type(error), reason)
             raise CannotStart(f"Cannot use {path} as the catalogue: {reason}") from error
 
-    def own(self) -> None:
-        """Begin with no connections, and locks that nobody holds, as in a process just forked."""
-        # To be closed by the parent alone, if they are its own: see before_fork().
-        self._inherited = getattr(self, "_idle", None)
-        # Connections to lend to whatever thread asks, by whether they wait for a lock.
-        self._idle: dict[bool, list[sqlite3.Connection]] = {True: [], False: []}
-        # Threads queue here. SQLite's own waiting, for other processes, sleeps for up to 100 ms.
-        self._writing = threading.RLock()
-        # Closing the last connection removes the log: nobody may look for it meanwhile.
-        self._looking, self._looked = threading.Lock(), 0.0
-        self._additions: list[dict[str, Any]] = []  # that no thread has begun to record
-        self._places.pop("-wal", None)
-
-    def _find(self, suffix: str) -> tuple[int, int]:
-        """Return where the file lies that now has the name, (0, 0) if there is none."""
+    def _find(self) -> tuple[int, int] | None:
+        """Return which file now has the catalogue's name, None if there is none."""
         try:
-            found = os.stat(f"{self._path}{suffix}")
+            found = os.stat(self._path)
         except OSError:
-            return 0, 0
+            return None
         return found.st_dev, found.st_ino
 
-    def _is_in_place(self, suffix: str) -> bool:
-        place = self._places.get(suffix)
-        return place is None or self._find(suffix) == place
-
     def require_in_place(self) -> None:
-        """Raise Unavailable where changes would be lost: a file has been deleted or replaced."""
-        moved = not self._is_in_place("")
-        with self._looking:
-            if time.monotonic() - self._looked > 0.05:  # each look lets other threads go first
-                self._looked = time.monotonic()
-                if not self._is_in_place("-wal"):
-                    moved, self._looked = True, 0.0  # look again at once
-        if moved:
+        """Raise Unavailable where changes would be lost: the file has been deleted or replaced."""
+        if self._place and self._find() != self._place:
             raise Unavailable("The catalogue was deleted or replaced: restart the service")
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
@@ -1399,10 +1354,6 @@ class Catalogue:
         except sqlite3.Error:
             connection.close()
             raise
-        with self._looking:
-            log = self._find("-wal")  # there as long as a connection is open
-            if self._make and log != (0, 0):
-                self._places.setdefault("-wal", log)
         return connection
 
     @contextlib.contextmanager
@@ -1417,7 +1368,7 @@ class Catalogue:
             yield connection
         except sqlite3.Error as error:
             if connection:
-                self._drop([connection])
+                connection.close()
                 connection = None
             locked = Unavailable if waits else MustWait
             known = {"disk is full": StorageFull, "is locked": locked, "readonly": ReadOnly}
@@ -1449,15 +1400,9 @@ class Catalogue:
             return connection.execute(sql, values).fetchone()
 
     def _image_row(self, columns: str, tenant: str, image_id: str) -> Any:
-        try:
-            key = {
-                "tenant": tenant,
-                "id": image_id,
-                "longest": LONGEST_REPORT if self._waits() else QUICK_REPORT,
-            }
-            row = self._row(f"SELECT {columns} {ONE}", **key)
-        except Damaged as error:
-            raise Damaged(UNREADABLE_RECORD.format(image_id)) from error.__cause__
+        longest = LONGEST_REPORT if self._waits() else QUICK_REPORT
+        sql = f"SELECT {columns} {ONE}"
+        row = self._row(sql, tenant=tenant, id=image_id, longest=longest)
         if not row:
             raise NoSuchImage(image_id)
         return row
@@ -1467,29 +1412,12 @@ class Catalogue:
         self._closed = True
         self.disconnect()
 
-    def pause(self) -> bool:
-        """Wait for the change under way, have others wait for resume(), and disconnect.
-
-        Returns False for one that takes longer, as it waits for another process: it holds nothing.
-        """
-        paused = self._writing.acquire(timeout=1)
-        self.disconnect()
-        return paused
-
-    def resume(self) -> None:
-        self._writing.release()
-
     def disconnect(self) -> None:
         """Close the connections that are not lent; who asks for one gets a new one."""
         for idle in self._idle.values():
-            self._drop(idle)
-
-    def _drop(self, connections: list[sqlite3.Connection]) -> None:
-        with self._looking:
             with contextlib.suppress(IndexError):  # of those that others take meanwhile
                 while True:
-                    connections.pop().close()
-            self._places.pop("-wal", None)  # SQLite removes the log with the last connection
+                    idle.pop().close()
 
     def add(self, tenant: str, label: str, fw_version: str) -> tuple[str, str]:
         """Add an image; return its id and when it was created.
@@ -1537,7 +1465,7 @@ class Catalogue:
                     raise ValueError("another binary")
                 known = parse_segments(report)
             except (ValueError, KeyError, TypeError) as error:
-                raise Damaged(UNREADABLE_RECORD.format(image.id)) from error
+                raise Damaged from error
             others = list(self._segments.items())[-3:]  # the largest takes 6 MiB
             self._segments = dict(others) | {image.sha256: known}
         return known
@@ -1608,13 +1536,13 @@ class Catalogue:
         """Publish the files of a binary and record it, with no other upload in between.
 
         The same bytes may be published again, which mends damaged files. Where recording fails
-        after publish(), withdraw() undoes it. Raises BinaryExists where others are recorded.
+        after publish(), withdraw() undoes it. Raises ServiceError 409 where others are recorded.
         """
         published = False
 
         def permit_binary(image: Image) -> None:
             if image.confirmed and image.sha256 != binary.sha256:
-                raise BinaryExists
+                raise ServiceError("Binary already exists", status=409)
             permit(image)
 
         try:
@@ -1679,12 +1607,6 @@ class Catalogue:
             return [str(error.__cause__)]
         return [line for row in rows if row[0] != "ok" for line in str(row[0]).splitlines()]
 
-    def unreadable(self) -> list[str]:
-        """Return which records cannot be read: SQLite has no sums, so that noise is no damage."""
-        with self._connection() as connection:
-            rows = connection.execute(UNREADABLE).fetchall()
-        return [f"the record of image {image_id} cannot be read" for (image_id,) in rows]
-
     def ever_used(self) -> bool:
         """Tell whether there ever was an image."""
         return self._row("SELECT 1 FROM sqlite_sequence WHERE seq > 0") is not None
@@ -1706,35 +1628,21 @@ class Catalogue:
             connection.backup(copy)
 
 
-UNREADABLE_RECORD = "The record of image {} cannot be read: the log says why"
 CATALOGUES: weakref.WeakSet[Catalogue] = weakref.WeakSet()
-FORKING = threading.local()  # what a thread that forks has paused
 
 
-def before_fork() -> None:
-    """Let no change, and no connection that is not lent, cross a fork.
+def disconnect_all() -> None:
+    """Close all connections that are not lent, so that none crosses a fork.
 
-    SQLite would take the parent's locks for its own: "How To Corrupt An SQLite Database File", 2.6.
+    In the child SQLite would take the parent's locks for its own: "How To Corrupt An SQLite
+    Database File", 2.6.
     """
-    FORKING.paused = [catalogue for catalogue in list(CATALOGUES) if catalogue.pause()]
-
-
-def after_fork_in_parent() -> None:
-    for catalogue in FORKING.paused:
-        catalogue.resume()
-
-
-def after_fork_in_child() -> None:
     for catalogue in list(CATALOGUES):
-        catalogue.own()
+        catalogue.disconnect()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=before_fork,
-        after_in_parent=after_fork_in_parent,
-        after_in_child=after_fork_in_child,
-    )
+    os.register_at_fork(before=disconnect_all)
 
 
 def parse_segments(report: str) -> Segments:
@@ -1966,16 +1874,14 @@ class BinaryStore:
         """Raise CannotStart where a file cannot move from one folder to the other in one step."""
         # A folder, as one that a crash leaves is taken for no binary.
         name = tempfile.mkdtemp(dir=self.uploads)
-        moved = self.folder / Path(name).name
         try:
-            os.replace(name, moved)
+            os.replace(name, self.folder / Path(name).name)
+            name = str(self.folder / Path(name).name)
         except OSError as error:
-            os.rmdir(name)
-            if error.errno != errno.EXDEV:
-                raise
             remedy = "what arrives in one must appear in the other in one step"
             raise CannotStart(f"{self.folder} and tmp are on two mounts: {remedy}") from error
-        os.rmdir(moved)
+        finally:
+            os.rmdir(name)
 
     @contextlib.contextmanager
     def receive(self, limit: int, check: bool = True, require: bool = False) -> Iterator[Upload]:
@@ -2336,8 +2242,7 @@ def requested_range(environ: Mapping[str, str], current: Validators, size: int) 
     """Return the bytes that a GET asks for, None for all of them: RFC 9110, 14.2.
 
     Anything but one sound range of bytes is ignored, as is one whose If-Range does not hold, and
-    any of an empty file: nginx's slices ask for one of each.
-    Raises RangeNotSatisfiable.
+    any of an empty file: nginx's slices ask for one of each. Raises ServiceError 416.
     """
     if_range = environ.get("HTTP_IF_RANGE", current.etag).strip()
     if if_range != current.etag and http_date(environ, "HTTP_IF_RANGE") != current.modified:
@@ -2356,7 +2261,8 @@ def requested_range(environ: Mapping[str, str], current: Validators, size: int) 
     else:
         asked = range(first, size if last is None else min(last + 1, size))
     if not asked:
-        raise RangeNotSatisfiable(size)
+        where = {"Content-Range": f"bytes */{size}"}
+        raise ServiceError(f"The range lies outside the {size} bytes", where, 416)
     return asked
 
 
@@ -2659,7 +2565,7 @@ def as_service_error(error: bottle.HTTPError) -> ServiceError:
     if error.status_code == 405:
         allowed = set(error.headers["Allow"].split(","))
         allowed |= {"HEAD"} if "GET" in allowed else set()
-        return MethodNotAllowed(headers={"Allow": ", ".join(sorted(allowed))})
+        return ServiceError("Method not allowed", {"Allow": ", ".join(sorted(allowed))}, 405)
     return ServiceError()
 
 
@@ -2740,11 +2646,12 @@ class Admission:
     def admit(self, route: Route, environ: dict[str, Any], names: Mapping[str, str]) -> None:
         """Let a request in, and note in environ who asks.
 
-        Raises Unauthorised, Forbidden, BadRequest, NotTheFile, TooLarge, StorageFull.
+        Raises the ServiceError that is the answer where they may not.
         """
         caller = environ[CALLER] = self._caller(route, environ, names)
         if route.right not in caller.rights:
-            raise Forbidden(route.right)
+            challenge = {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
+            raise ServiceError(f"This token does not give the right {route.right}", challenge, 403)
         require_the_file(route, environ)
         announced = environ.get("CONTENT_LENGTH") or "0"
         # int() raises above 4,300 digits, and zeros in front are digits too.
@@ -3451,6 +3358,7 @@ SLOWEST = 2 * KIB  # at least, in a second
 READING = HEADER, BODY, END = ("the next header", "the rest of a body", "the client's end")
 ROOM, THREAD, FILE, TURN = ("room to send", "a thread", "a file to be sent", "the others' turn")
 Life = Generator[str, Any, None]
+Job = Callable[[], None] | None  # None ends the thread
 
 
 class Connection(asyncio.Protocol):
@@ -3600,7 +3508,7 @@ class Connection(asyncio.Protocol):
             # 503: the catalogue is locked, for which nothing waits in the loop.
             if not answer or answer.status == 503:
                 self.deadline = math.inf
-                self._server.jobs.put(functools.partial(self._run_in_thread, request, last))
+                self._server.threads.run(functools.partial(self._run_in_thread, request, last))
                 answer = yield THREAD
             return answer
 
@@ -3680,6 +3588,47 @@ class Connection(asyncio.Protocol):
             yield END
 
 
+class Threads:
+    """A few threads that run jobs.
+
+    The one that was last at work is the first to work again, as what it needs is still in the
+    processor's caches; the standard library's executor lets them take turns.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._lock, self._idle = threading.Lock(), list[queue.SimpleQueue[Job]]()
+        self._waiting = collections.deque[Job]()
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, job: Job) -> None:
+        with self._lock:
+            if self._idle:
+                self._idle.pop().put(job)
+            else:
+                self._waiting.append(job)
+
+    def _work(self) -> None:
+        jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()  # for this thread alone
+        while True:
+            with self._lock:
+                if self._waiting:
+                    jobs.put(self._waiting.popleft())
+                else:
+                    self._idle.append(jobs)
+            if not (job := jobs.get()):
+                return
+            job()
+
+    def end(self) -> None:
+        """End the threads when they have run all jobs."""
+        for _ in self._threads:
+            self.run(None)
+        for thread in self._threads:
+            thread.join()
+
+
 class Server:
     """Serves an application on a listening socket, in the thread that calls run()."""
 
@@ -3690,24 +3639,17 @@ class Server:
         log_file = self.settings.access_log
         self.access_log = AccessLog(log_file) if log_file else None
         self.connections: set[Connection] = set()
-        self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.stopping, self._grace, self._next_complaint = False, 0.0, 0.0
         self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
         self.places = asyncio.Semaphore(connection_limit())
 
     def run(self) -> None:
         """Serve until stop() is called, then let the requests in flight finish."""
-        count = self.settings.threads
-        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        self.threads = Threads(self.settings.threads)
         try:
-            for thread in threads:
-                thread.start()
             self._loop.run_until_complete(self._serve())
         finally:
-            for _ in threads:
-                self.jobs.put(None)
-            for thread in threads:
-                thread.join()
+            self.threads.end()
             self._loop.run_until_complete(asyncio.sleep(0.001))  # what is left open is closed
             self._loop.close()
             if self.access_log:
@@ -3718,10 +3660,6 @@ class Server:
         self._grace, self.stopping = grace, True
         with contextlib.suppress(RuntimeError):  # it has returned
             self._loop.call_soon_threadsafe(self._stop.set)
-
-    def _work(self) -> None:
-        while job := self.jobs.get():
-            job()
 
     async def _serve(self) -> None:
         self.application.catalogue.never_wait()
@@ -4086,7 +4024,6 @@ def verify_store(folder: Path, progress: Callable[[int, int], object]) -> tuple[
     with open_store(folder) as (catalogue, binaries):
         faults = [f"damaged: the catalogue ({fault})" for fault in catalogue.faults()]
         try:
-            faults += [f"damaged: {fault}" for fault in catalogue.unreadable()]
             require_catalogue(catalogue, binaries)
             strays = catalogue.strays(binaries.names())
             if strays:
@@ -4174,7 +4111,6 @@ def back_up_store(folder: Path, destination: Path) -> tuple[int, list[str]]:
         os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         faults = [f"damaged: the catalogue ({fault})" for fault in catalogue.faults()]
         try:
-            faults += [f"damaged: {fault}" for fault in catalogue.unreadable()]
             require_catalogue(catalogue, binaries)
             images, found = copy_images(catalogue, draft, binaries, copies)
         except Damaged as error:
