@@ -241,18 +241,8 @@ class NoBinary(NotFound):
     message = "Image does not have an binary file"
 
 
-class LengthRequired(ServiceError):
-    status, message = 411, "Send the file as the body, with its Content-Length"
-
-
 class PreconditionFailed(ServiceError):
     status, message = 412, "The binary is not the one that the request's conditions ask for"
-
-
-class NotTheFile(ServiceError):
-    """The header says that the body is something else than it is taken for."""
-
-    status = 415
 
 
 class TooLarge(ServiceError):
@@ -2072,6 +2062,8 @@ class Request(HTTPRequestParser):
         for name, value in self.headers.items():
             known = name in ("CONTENT_TYPE", "CONTENT_LENGTH")
             environ[name if known else "HTTP_" + name] = value
+        if self.chunked:  # waitress takes that header out
+            environ |= {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
         return environ
 
     def receive(self, received: bytearray, limit: int, folder: Path) -> Iterator[bool]:
@@ -2085,12 +2077,12 @@ class Request(HTTPRequestParser):
         with full_disk_as_error():
             self._body = tempfile.SpooledTemporaryFile(JSON_LIMIT, dir=str(folder))
             self.environ["wsgi.input"] = self._body
-            yield from (self._chunks if self.chunked else self._whole)(received)
+            if self.chunked:
+                yield from self._chunks(received)
+            else:
+                yield from self._store(received, self.content_length)
             self._body.seek(0)
         self.environ["CONTENT_LENGTH"] = str(self._size)
-
-    def _whole(self, received: bytearray) -> Iterator[bool]:
-        yield from self._store(received, self.content_length)
 
     def _chunks(self, received: bytearray) -> Iterator[bool]:
         """Take a chunked body: RFC 9112, 7.1."""
@@ -2315,32 +2307,28 @@ def place_window(segments: Segments, start: int | None, end: int | None) -> tupl
     end = segments.ends[-1] if end is None else end
     if end - start <= LARGEST_WINDOW and any(segments.between(start, end)):
         return start, end
-    where = [
-        f"{hex_address(begin)} to {hex_address(end)}"
-        for begin, end in zip(segments.begins[:10], segments.ends)
-    ]
+    pairs = zip(segments.begins[:10], segments.ends)
+    where = [f"{hex_address(begin)} to {hex_address(end)}" for begin, end in pairs]
+    more = len(segments.ends) - len(where)
+    where += [f"{more} more places"] * (more > 0)
     raise Unprocessable(
         f"A window has at most {LARGEST_WINDOW} bytes, and some of the data in it. "
         f"Choose it with start and end; the data are at {', '.join(where)}"
-        + f" and {len(segments.ends) - 10} more places"
-        * (len(segments.ends) > 10)
     )
 
 
 def body_blocks(environ: Mapping[str, Any]) -> Iterator[bytes]:
-    """Yield the body; raises BadRequest where it ends early, LengthRequired where it has no end."""
-    length, stream = environ.get("CONTENT_LENGTH"), environ["wsgi.input"]
+    """Yield the body, which without a length is empty; raises BadRequest where it ends early."""
+    length, stream = environ.get("CONTENT_LENGTH") or "", environ["wsgi.input"]
     chunked = "HTTP_TRANSFER_ENCODING" in environ
     if chunked and not environ.get("wsgi.input_terminated"):
         raise BadRequest("This server takes no chunked body: send it with Content-Length")
-    if not length and not chunked:
-        raise LengthRequired
-    if length and not re.fullmatch("[0-9]{1,18}", length):
+    if not re.fullmatch("[0-9]{0,18}", length):
         raise BadRequest("Content-Length takes a number")
-    left = int(length or 1 << 62)
+    left = 1 << 62 if chunked else int(length or 0)
     while left:
         block = stream.read(min(BLOCK, left))
-        if not block and length:
+        if not block and not chunked:
             raise BadRequest("The body ended before its Content-Length")
         if not block:
             return
@@ -2348,18 +2336,8 @@ def body_blocks(environ: Mapping[str, Any]) -> Iterator[bytes]:
         yield block
 
 
-def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        raise ValueError("a member twice")
-    return members
-
-
-def no_constant(name: str) -> None:
-    raise ValueError(f"{name}, which is Python's own")
-
-
-STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=no_constant)
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is Python's own, and no JSON")
 
 
 def parse_json(environ: Mapping[str, Any], default: Any = None) -> dict[str, Any]:
@@ -2368,18 +2346,14 @@ def parse_json(environ: Mapping[str, Any], default: Any = None) -> dict[str, Any
     Raises BadRequest, TooLarge.
     """
     body = b""
+    for block in body_blocks(environ):
+        body += block
+        if len(body) > JSON_LIMIT:
+            raise TooLarge(JSON_LIMIT)
+    if not body and default is not None:
+        return default  # type: ignore[no-any-return]
     try:
-        for block in body_blocks(environ):
-            body += block
-            if len(body) > JSON_LIMIT:
-                raise TooLarge(JSON_LIMIT)
-        if not body and default is not None:
-            return default  # type: ignore[no-any-return]
-        value = STRICT_JSON.decode(body.decode())
-    except LengthRequired as error:
-        if default is not None:
-            return default  # type: ignore[no-any-return]
-        raise BadRequest(JSON_WANTED) from error
+        value = json.loads(body.decode(), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BadRequest(JSON_WANTED) from error
     kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
@@ -2413,7 +2387,7 @@ def file_in_form(environ: Mapping[str, Any]) -> Iterator[bytes]:
                     found |= inside
                 elif event and inside:
                     yield bytes(event)
-    except (multipart.MultipartError, LengthRequired) as error:
+    except multipart.MultipartError as error:
         raise BadRequest(FORM_WANTED) from error
     if not found:
         raise BadRequest(
@@ -2570,10 +2544,10 @@ def as_service_error(error: bottle.HTTPError) -> ServiceError:
 
 
 def require_the_file(route: Route, environ: Mapping[str, Any]) -> None:
-    """Raise BadRequest or NotTheFile where the header says that the body is something else."""
+    """Raise ServiceError where the header says that the body is not what the route takes."""
     if environ.get("HTTP_CONTENT_ENCODING", "").strip().lower() not in ("", "identity"):
         accepted = {"Accept-Encoding": "identity"}
-        raise NotTheFile("The body is encoded: send it without Content-Encoding", accepted)
+        raise ServiceError("The body is encoded: send it without Content-Encoding", accepted, 415)
     if route.takes not in ("form", "file"):
         return
     unknown = parse_query(environ).keys() - {*route.query}
@@ -2583,7 +2557,10 @@ def require_the_file(route: Route, environ: Mapping[str, Any]) -> None:
         raise BadRequest("A part of a file cannot be stored: send all of it, without Content-Range")
     kind = environ.get("CONTENT_TYPE", "").strip().lower()
     if route.takes == "file" and kind.startswith("multipart/"):
-        raise NotTheFile("PUT takes the file as the body: send a form with POST")
+        raise ServiceError("PUT takes the file as the body: send a form with POST", status=415)
+    framed = environ.get("CONTENT_LENGTH") or "HTTP_TRANSFER_ENCODING" in environ
+    if route.takes == "file" and not framed:
+        raise ServiceError("Send the file as the body, with its Content-Length", status=411)
 
 
 class Origins:

@@ -1702,7 +1702,6 @@ NOT_JSON = {
     "UTF-16": ('{"label": "a", "fw_version": "1"}'.encode("utf-16"), "application/json"),
     "deep": (b'{"a":' * 10000 + b"1" + b"}" * 10000, "application/json"),
     "deep lists": (b"[" * 60000, "application/json"),
-    "a member twice": (b'{"label": "a", "label": "b", "fw_version": "1"}', "application/json"),
     "NaN": (b'{"label": "a", "fw_version": "1", "x": NaN}', "application/json"),
     "a long number": (b'{"label": ' + b"1" * 5000 + b"}", "application/json"),
 }
@@ -3626,14 +3625,10 @@ def test_nothing_of_a_refused_body_is_taken_for_a_request(small):
     assert told(answer)[0] == 401 and nothing_was_created(small)
 
 
-@pytest.mark.parametrize("status", [404, 411])
-def test_upload_without_a_length_ends_the_connection_and_its_body_is_no_request(
-    server, connection, status
-):
-    image_id = connection.create() if status == 411 else "x"
-    request = raw(f"PUT /image/{image_id}/binary", bearer(server))
-    assert told(exchange(server, request, creation(server)))[0] == status
-    assert nothing_was_created(server, status == 411)
+def test_upload_without_a_length_ends_the_connection_and_its_body_is_no_request(server, connection):
+    request = raw(f"PUT /image/{connection.create()}/binary", bearer(server))
+    assert told(exchange(server, request, creation(server)))[0] == 411
+    assert nothing_was_created(server, True)
 
 
 @pytest.mark.parametrize(
