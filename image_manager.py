@@ -32,7 +32,8 @@ Settings. From here to the end each layer knows only those above it:
     HTTP              requests and answers, conditions, ranges and bodies, as the RFCs have them
     routes            the API; the two stores meet only here
     access log        a line for each answer, where that is asked for
-    server            one thread on all sockets, a few that run the application
+    threads           a few that run what the server must not wait for
+    server            one thread that owns all sockets
     processes         the lock, workers, signals; a server in a thread of yours
     maintenance       verify and back up a store
     page              the document for people at the bench: style, script, HTML
@@ -736,12 +737,18 @@ class Pieces:
         return all(map(operator.le, ends, self._addresses[1:]))
 
     def extents(self) -> Iterator[Extent]:
-        """Yield where in the order of the file the data stand that come next in the memory."""
+        """Yield where in the order of the file the data stand that come next in the memory.
+
+        It walks through the addresses from one piece's begin to the next one's. Of the pieces that
+        have begun by then, the one that the file has last is what the memory holds in between.
+        """
         offsets = array.array("Q", itertools.accumulate(self._sizes, initial=0))
         order = self._order()
         following = array.array("Q", (self._addresses[piece] for piece in order[1:]))
         following.append(1 << 33)
-        covering: list[int] = []  # pieces that have begun, as negative numbers: the last wins
+        covering: list[
+            int
+        ] = []  # numbers of pieces that have begun, negative: a heap's least is first
         for piece, until in zip(order, following):
             heapq.heappush(covering, -piece)
             at = self._addresses[piece]
@@ -920,13 +927,18 @@ class HexReader:
         if len(lines) < MIN_RUN:
             return b"".join(map(self._take_line, lines))
         data = self._take_data_records(lines)
-        if data is None:
+        if data is None:  # so the line that is different is found by halves
             half = len(lines) // 2
             return self._take_run(lines[:half]) + self._take_run(lines[half:])
         return data
 
     def _take_data_records(self, lines: list[bytes]) -> bytes | None:
-        """Take sound data records of one length; None where one of them needs a closer look."""
+        """Take sound data records of one length; None where one of them needs a closer look.
+
+        Python is slow at single bytes and fast at long slices. So the lines are decoded in one go,
+        and then looked at by columns: raw[0::width] is the first byte of every record, its count.
+        Added up as columns, every record's bytes must give a sum whose low byte is 0.
+        """
         count, length = len(lines), len(lines[0])
         width = length // 2  # bytes of a record
         size = width - 5
@@ -944,7 +956,7 @@ class HexReader:
         data, lanes, sums = bytearray(size * count), bytearray(2 * count), 0
         for column in range(width):
             values = raw[column::width]
-            # With 16 bits for each byte a column is one long number: all records add up at once.
+            # A column as one long number, 16 bits for each byte: so all records add up at once.
             lanes[::2] = values
             sums += int.from_bytes(lanes, "little")
             if 4 <= column < width - 1:
@@ -956,8 +968,9 @@ class HexReader:
         if sys.byteorder == "little":
             addresses.byteswap()
         begin, end = addresses[0], addresses[0] + size * count
-        if self._base + max(addresses) + size > self._limit:
+        if self._base + max(addresses) + size > self._limit:  # one of them wraps round
             return None
+        # Most files go on from record to record, so that all of these are one piece.
         if end <= 1 << 16 and addresses == array.array("H", range(begin, end, size)):
             self._add_piece(self._base + begin, size * count)
         else:
@@ -1214,7 +1227,8 @@ CANNOT_USE: dict[type[Exception], str] = {
     Unavailable: "another program has locked it; end that, then try again",
 }
 PATIENCE = 10  # seconds that a write waits for other processes
-QUICK_REPORT, LONGEST_REPORT = 64 * KIB, 1 << 30  # characters
+# Characters of a layout report: what a thread that never waits reads at most, and what any does.
+QUICK_REPORT, LONGEST_REPORT = 64 * KIB, 1 << 30
 PRAGMAS = (
     "journal_mode = WAL",
     "synchronous = FULL",
@@ -1259,7 +1273,7 @@ class Binary(NamedTuple):
 
 
 class Catalogue:
-    """The metadata of images, in SQLite.
+    """The metadata of images, in SQLite; any thread may use it.
 
     Whatever touches an image takes its tenant, and raises NoSuchImage where that tenant has none
     with that id. Anything may raise Damaged, Unavailable or StorageFull.
@@ -1323,7 +1337,10 @@ class Catalogue:
             connection.execute(f"PRAGMA user_version = {number}")
 
     def never_wait(self) -> None:
-        """Have this thread get MustWait for what takes time, or where the catalogue is locked."""
+        """Have this thread get MustWait for what takes time, or where the catalogue is locked.
+
+        For the thread on which all connections of the server depend.
+        """
         self._thread.waits = False
 
     def _waits(self) -> bool:
@@ -1348,7 +1365,10 @@ class Catalogue:
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection; the one place where SQLite's errors become the service's own."""
+        """Lend a connection; the one place where SQLite's errors become the service's own.
+
+        One that has met an error is not lent again.
+        """
         connection, waits = None, self._waits()
         try:
             # Another thread may take the last one between a test and the pop.
@@ -1412,7 +1432,9 @@ class Catalogue:
     def add(self, tenant: str, label: str, fw_version: str) -> tuple[str, str]:
         """Add an image; return its id and when it was created.
 
-        One sync of the disk does for all who wait for it: the first of them records the others.
+        A sync of the disk takes most of the time. So threads leave what they add in a list before
+        they queue for the one that writes; the first to get there records what all have left, with
+        one sync, and the others find their own done.
         """
         new: dict[str, Any] = {"id": str(uuid.uuid4()), "tenant": tenant, "label": label}
         new |= {"fw_version": fw_version, "precedence": semver_key(fw_version)}
@@ -2501,10 +2523,10 @@ def require_catalogue(catalogue: Catalogue, binaries: BinaryStore) -> None:
         raise CannotStart(f"{binaries.folder} holds binaries no catalogue knows of: {remedy}")
 
 
-def answer(
+def json_response(
     content: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> bottle.HTTPResponse:
-    """Return a JSON answer; a string is JSON already."""
+    """Return an answer in JSON, which a string is already."""
     text = content if isinstance(content, str) else json.dumps(content, separators=(",", ":"))
     # Without no-store a cache may keep a 404 as long as it likes: RFC 9111, 4.2.2.
     always = {"Content-Type": "application/json", "Cache-Control": "no-store"}
@@ -2563,44 +2585,41 @@ def require_the_file(route: Route, environ: Mapping[str, Any]) -> None:
         raise ServiceError("Send the file as the body, with its Content-Length", status=411)
 
 
-class Origins:
-    """What lets web pages of other origins use the API: the CORS protocol of the Fetch standard."""
+# What a web page of another origin may send with a request and read of an answer: the CORS protocol
+# of the Fetch standard.
+ALLOWED_HEADERS = ("Access-Control-Allow-Headers",
+                   "Authorization, Content-Type, Range, If-Match, If-None-Match, "
+                   "If-Range")  # fmt: skip
+EXPOSED_HEADERS = ("Access-Control-Expose-Headers",
+                   "Accept-Ranges, Content-Length, Content-Range, Content-Disposition, ETag, "
+                   "Repr-Digest, X-Load-Address")  # fmt: skip
 
-    ALLOWED = ("Access-Control-Allow-Headers",
-               "Authorization, Content-Type, Range, If-Match, If-None-Match, If-Range")  # fmt: skip
-    EXPOSED = ("Access-Control-Expose-Headers",
-               "Accept-Ranges, Content-Length, Content-Range, Content-Disposition, ETag, "
-               "Repr-Digest, X-Load-Address")  # fmt: skip
 
-    def __init__(self, allowed: str) -> None:
-        """Take the origin that may use all of the API, * for any, nothing for none."""
-        self._allowed = allowed
+def origin_headers(environ: Mapping[str, Any], allowed: str) -> Headers:
+    """Return what lets a page read an answer: to a signed link any page, else one of `allowed`.
 
-    def _may_all(self, environ: Mapping[str, Any]) -> bool:
-        return self._allowed == "*" or environ.get("HTTP_ORIGIN", "") == self._allowed != ""
+    `allowed` is an origin, * for any, "" for none.
+    """
+    if is_signed_link(environ):
+        return [("Access-Control-Allow-Origin", "*"), EXPOSED_HEADERS]
+    vary = [("Vary", "Origin")] if allowed not in ("", "*") else []
+    if allowed and allowed in ("*", environ.get("HTTP_ORIGIN")):
+        return [("Access-Control-Allow-Origin", allowed), EXPOSED_HEADERS, *vary]
+    return vary
 
-    def headers(self, environ: Mapping[str, Any]) -> Headers:
-        """Return what lets a page read an answer; that to a signed link it always may."""
-        if is_signed_link(environ):
-            return [("Access-Control-Allow-Origin", "*"), self.EXPOSED]
-        vary = [("Vary", "Origin")] if self._allowed not in ("", "*") else []
-        if not self._may_all(environ):
-            return vary
-        return [("Access-Control-Allow-Origin", self._allowed), self.EXPOSED, *vary]
 
-    def preflight(self, environ: Mapping[str, Any], methods: str) -> Headers:
-        """Return what says which of a path's methods a page may use, nothing if none."""
-        wanted = environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD")
-        is_binary = environ["PATH_INFO"].endswith("/binary") and "PUT" in methods
-        if not wanted or "HTTP_ORIGIN" not in environ or not methods:
-            return []
-        allow = ("Access-Control-Allow-Methods", methods)
-        if self._may_all(environ):
-            return [*self.headers(environ), allow, self.ALLOWED]
-        if is_binary:
-            allow = (allow[0], "GET, HEAD")
-            return [("Access-Control-Allow-Origin", "*"), allow, self.ALLOWED]
+def preflight_headers(environ: Mapping[str, Any], allowed: str, methods: str) -> Headers:
+    """Return what tells a page which of a path's methods it may use, nothing if it may none."""
+    asked = {"HTTP_ORIGIN", "HTTP_ACCESS_CONTROL_REQUEST_METHOD"} <= environ.keys()
+    if not asked or not methods:
         return []
+    if allowed and allowed in ("*", environ["HTTP_ORIGIN"]):
+        granted = ("Access-Control-Allow-Methods", methods)
+        return [*origin_headers(environ, allowed), granted, ALLOWED_HEADERS]
+    if environ["PATH_INFO"].endswith("/binary") and "PUT" in methods:  # for those with a link
+        granted = ("Access-Control-Allow-Methods", "GET, HEAD")
+        return [("Access-Control-Allow-Origin", "*"), granted, ALLOWED_HEADERS]
+    return []
 
 
 def is_signed_link(environ: Mapping[str, Any]) -> bool:
@@ -2668,7 +2687,6 @@ class Application:
         require_sound(self.catalogue)
         require_catalogue(self.catalogue, self.binaries)
         self.catalogue.disconnect()  # a server may fork now, and no connection may cross that
-        self._origins = Origins(settings.allow_origin)
         self._slow = {route.path for route in ROUTES if not route.quick}
         self._bottle = bottle.Bottle()
         self._bottle.default_error_handler = self._bottle_error
@@ -2681,9 +2699,9 @@ class Application:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         if ADMITTED not in environ:
             environ["PATH_INFO"] = self._route_path(environ.get("PATH_INFO", ""))
-        more = self._origins.headers(environ)
-        if environ["REQUEST_METHOD"] == "OPTIONS" and (answer := self._preflight(environ)):
-            start_response("204 No Content", answer)
+        more = origin_headers(environ, self.settings.allow_origin)
+        if environ["REQUEST_METHOD"] == "OPTIONS" and (granted := self._preflight(environ)):
+            start_response("204 No Content", granted)
             return []
 
         def start(status: str, headers: Headers, *_: object) -> None:
@@ -2697,7 +2715,7 @@ class Application:
             self._bottle.router.match(environ)
         except bottle.HTTPError as error:
             path_methods = as_service_error(error).headers.get("Allow", "")
-            return self._origins.preflight(environ, path_methods)
+            return preflight_headers(environ, self.settings.allow_origin, path_methods)
         return []
 
     def close(self) -> None:
@@ -2726,10 +2744,11 @@ class Application:
         response = self.error_response(error)
         body = response.body.encode()
         headers = [*response.headerlist, ("Content-Length", str(len(body)))]
-        headers += self._origins.headers(environ)
+        headers += origin_headers(environ, self.settings.allow_origin)
         return Answer.make(response.status_line, headers, b"" if is_head else body, "1.1", False)
 
-    # The way in, the same for all routes.
+    # The way in, the same for all routes. Our own server has a request with a body admitted before
+    # that has come; all other requests, and those under another server, meet the guard.
 
     def _route_path(self, path: str) -> str:
         """Return a request's path as ROUTES has it: without prefix and slash at the end."""
@@ -2791,7 +2810,7 @@ class Application:
             error = ServiceError()
         elif error.status in (500, 503) and not isinstance(error, MustWait):
             log.error("%s (%s)", error, error.__cause__)
-        return answer(error.body(), error.status, error.headers)
+        return json_response(error.body(), error.status, error.headers)
 
     def _log(self, route: Route, environ: Mapping[str, Any], status: int, reason: str) -> None:
         """Log a request that changes something, or would have, and one whose token is refused."""
@@ -2818,7 +2837,7 @@ class Application:
             self.binaries.check()
         except (ServiceError, OSError) as error:
             raise Unavailable(f"Not healthy: {error}") from error
-        return answer({"status": "ok"})
+        return json_response({"status": "ok"})
 
     def show_page(self, caller: Caller) -> bottle.HTTPResponse:
         """Show the page for people at the bench, where Accept names text/html."""
@@ -2829,7 +2848,7 @@ class Application:
 
     def describe(self, caller: Caller) -> bottle.HTTPResponse:
         """Describe this API, as OpenAPI 3.1."""
-        return answer(describe_api(self.settings.url_prefix))
+        return json_response(describe_api(self.settings.url_prefix))
 
     def list_images(self, caller: Caller) -> bottle.HTTPResponse:
         """List the images, oldest first; with limit in pages."""
@@ -2843,7 +2862,7 @@ class Application:
             elif name not in PAGE or "limit" not in query:
                 raise BadRequest
         if "limit" not in query:
-            return answer(self.catalogue.list_json(caller.tenant, filters))
+            return json_response(self.catalogue.list_json(caller.tenant, filters))
         limit = parse_number(query["limit"], 1, 1000)
         offset = parse_number(query.get("offset", "0"), 0, 10**18)
         total = self.catalogue.count(caller.tenant, filters)
@@ -2857,7 +2876,7 @@ class Application:
         ]
         headers = {"X-Total-Count": str(total)} | ({"Link": ", ".join(links)} if links else {})
         listed = self.catalogue.list_json(caller.tenant, filters, limit, offset)
-        return answer(listed, headers=headers)
+        return json_response(listed, headers=headers)
 
     def create_image(self, caller: Caller) -> bottle.HTTPResponse:
         """Create an image, to which a binary can then be uploaded."""
@@ -2873,16 +2892,16 @@ class Application:
         image_id, created = self.catalogue.add(caller.tenant, label, members["fw_version"])
         url = self._path("image", image_id)
         shown = {"id": image_id, "label": label, "published_at": created, "url": url}
-        return answer(shown, 201, {"Location": url})
+        return json_response(shown, 201, {"Location": url})
 
     def list_binaries(self, caller: Caller) -> bottle.HTTPResponse:
         """List the file names of the binaries, oldest image first."""
-        return answer(self.catalogue.list_files_json(caller.tenant))
+        return json_response(self.catalogue.list_files_json(caller.tenant))
 
     def latest_image(self, caller: Caller) -> bottle.HTTPResponse:
         """Show a label's image with the highest version that has a binary; 204: current has it."""
         found = self._latest(caller, parse_query(bottle.request.environ), LATEST_QUERY)
-        return answer(found) if found else bottle.HTTPResponse(status=204)
+        return json_response(found) if found else bottle.HTTPResponse(status=204)
 
     def _latest(
         self, caller: Caller, query: Mapping[str, str], allowed: tuple[str, ...]
@@ -2909,11 +2928,11 @@ class Application:
         url, _ = self._link(caller, image["id"], image["sha256"], 3600)
         window = {name: query[name] for name in WINDOW if name in query}
         more = "&" + urllib.parse.urlencode(window) if window else ""
-        return answer(found, 307, {"Location": url + more})
+        return json_response(found, 307, {"Location": url + more})
 
     def show_image(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Show an image."""
-        return answer(self.catalogue.get_json(caller.tenant, image_id, WITH_REPORT))
+        return json_response(self.catalogue.get_json(caller.tenant, image_id, WITH_REPORT))
 
     def change_image(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Change the label, the version or both."""
@@ -2927,7 +2946,7 @@ class Application:
         label, fw_version = changes.get("label"), changes.get("fw_version")
         permit = permit_by(bottle.request.environ)
         self.catalogue.change(caller.tenant, image_id, label, fw_version, permit)
-        return answer(self.catalogue.get_json(caller.tenant, image_id))
+        return json_response(self.catalogue.get_json(caller.tenant, image_id))
 
     # Binaries. Here the two stores meet, in an order that survives a power cut:
     #   upload    1. the files under passing names, synced  2. under the catalogue's write lock
@@ -2940,13 +2959,13 @@ class Application:
         permit = permit_by(bottle.request.environ)
         removed = self.catalogue.remove(caller.tenant, image_id, permit)
         self.catalogue.unless_confirmed(image_id, lambda: self.binaries.remove(image_id))
-        return answer(f'{{"removed_image":{removed},"result":"ok"}}')
+        return json_response(f'{{"removed_image":{removed},"result":"ok"}}')
 
     def delete_binary(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Delete the binary; that there is none is no error, so that a retry succeeds."""
         self.catalogue.clear(caller.tenant, image_id, permit_by(bottle.request.environ))
         self.catalogue.unless_confirmed(image_id, lambda: self.binaries.remove(image_id))
-        return answer({"result": "ok"})
+        return json_response({"result": "ok"})
 
     def upload_form(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Upload the binary as the file `image` of a form."""
@@ -2978,7 +2997,7 @@ class Application:
             permit = permit_by(bottle.request.environ)
             self.catalogue.confirm(caller.tenant, image_id, binary, publish, withdraw, permit)
         checked = binary.report is not None
-        return answer({"image": image_id, "message": "image uploaded", "checked": checked})
+        return json_response({"image": image_id, "message": "image uploaded", "checked": checked})
 
     def download_binary(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Download the binary or a range of it; format=bin gives the raw bytes of Intel HEX."""
@@ -3077,7 +3096,7 @@ class Application:
             raise NoBinary
         url, expires = self._link(caller, image_id, image.sha256, int(seconds))
         moment = datetime.fromtimestamp(expires, timezone.utc)
-        return answer({"url": url, "expires": moment.isoformat(timespec="microseconds")})
+        return json_response({"url": url, "expires": moment.isoformat(timespec="microseconds")})
 
     def _link(self, caller: Caller, image_id: str, sha256: str, seconds: int) -> tuple[str, int]:
         """Return a link to a binary, and when it expires: no later than the token behind it."""
@@ -3319,14 +3338,65 @@ def client_address(peer: str, forwarded: str, trusted: tuple[Network, ...]) -> s
     return found
 
 
+# ------------------------------------------------------------------------------------- threads
+
+Job = Callable[[], None] | None  # None ends the thread that takes it
+
+
+class Threads:
+    """A few threads that run jobs.
+
+    The one that was last at work is the first to work again, as what it needs is still in the
+    processor's caches; the standard library's executor lets them take turns.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._lock, self._idle = threading.Lock(), list[queue.SimpleQueue[Job]]()
+        self._waiting = collections.deque[Job]()
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, job: Job) -> None:
+        with self._lock:
+            if self._idle:
+                self._idle.pop().put(job)
+            else:
+                self._waiting.append(job)
+
+    def _work(self) -> None:
+        jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()  # for this thread alone
+        while True:
+            with self._lock:
+                if self._waiting:
+                    jobs.put(self._waiting.popleft())
+                else:
+                    self._idle.append(jobs)
+            if not (job := jobs.get()):
+                return
+            job()
+
+    def end(self) -> None:
+        """End the threads when they have run all jobs."""
+        for _ in self._threads:
+            self.run(None)
+        for thread in self._threads:
+            thread.join()
+
+
 # ------------------------------------------------------------------------------------- server
-# One thread, the loop, owns every socket; a few others run the application and touch none. The
-# manual's "life of one upload" follows a request through both.
+# How a request goes through, in the thread of the loop unless it says otherwise:
+#   Server._accept           takes the client while there is a place for one more connection
+#   Connection._header       gathers the bytes of a header; Request reads it
+#   Connection._answer       has a body admitted and received, then chooses who answers:
+#   Application.answer       here what is quick, in one of the threads (_run_in_thread) the rest
+#   Connection._send         sends the answer as the client takes it, a file by the system itself
+#   Connection._linger       after the last answer, reads on until the client has got it
+# What a connection waits for, it yields; _step takes it on when that has come.
 
 IDLE = 120  # seconds in which a client must send or take something
 LOOK = 1  # seconds from one look at whose time is over to the next
-# Reading goes on after the last answer: closing with bytes unread would destroy it on its way.
-LINGER, LINGER_BYTES = 10, 64 * MIB  # seconds and bytes, at most
+LINGER, LINGER_BYTES = 10, 64 * MIB  # seconds and bytes that are read after the last answer
 SEND_BLOCK = 64 * KIB  # bytes of an answer that are read ahead of the client
 SENDFILE_BLOCK = MIB  # bytes that the system sends of a file in one call, of which a client takes
 SLOWEST = 2 * KIB  # at least, in a second
@@ -3335,7 +3405,6 @@ SLOWEST = 2 * KIB  # at least, in a second
 READING = HEADER, BODY, END = ("the next header", "the rest of a body", "the client's end")
 ROOM, THREAD, FILE, TURN = ("room to send", "a thread", "a file to be sent", "the others' turn")
 Life = Generator[str, Any, None]
-Job = Callable[[], None] | None  # None ends the thread
 
 
 class Connection(asyncio.Protocol):
@@ -3555,7 +3624,10 @@ class Connection(asyncio.Protocol):
         yield TURN
 
     def _linger(self) -> Life:
-        """Send no more, and read until the client sends no more either: RFC 9112, 9.6."""
+        """Send no more, and read until the client sends no more either: RFC 9112, 9.6.
+
+        Closing with bytes unread would destroy the answer on its way.
+        """
         with contextlib.suppress(OSError):
             self.transport.write_eof()
         self.deadline, heard = self._loop.time() + LINGER, 0
@@ -3563,47 +3635,6 @@ class Connection(asyncio.Protocol):
             heard += len(self._received)
             self._received.clear()
             yield END
-
-
-class Threads:
-    """A few threads that run jobs.
-
-    The one that was last at work is the first to work again, as what it needs is still in the
-    processor's caches; the standard library's executor lets them take turns.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._lock, self._idle = threading.Lock(), list[queue.SimpleQueue[Job]]()
-        self._waiting = collections.deque[Job]()
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
-        for thread in self._threads:
-            thread.start()
-
-    def run(self, job: Job) -> None:
-        with self._lock:
-            if self._idle:
-                self._idle.pop().put(job)
-            else:
-                self._waiting.append(job)
-
-    def _work(self) -> None:
-        jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()  # for this thread alone
-        while True:
-            with self._lock:
-                if self._waiting:
-                    jobs.put(self._waiting.popleft())
-                else:
-                    self._idle.append(jobs)
-            if not (job := jobs.get()):
-                return
-            job()
-
-    def end(self) -> None:
-        """End the threads when they have run all jobs."""
-        for _ in self._threads:
-            self.run(None)
-        for thread in self._threads:
-            thread.join()
 
 
 class Server:
