@@ -177,8 +177,8 @@ __version__ = "1.1.0"
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BLOCK = 256 * KIB  # bytes read, hashed and written at a time
-JSON_LIMIT = 64 * KIB  # of a JSON body, and of what a form may hold beside its file
-RESERVE = 2 * MIB  # of the disk, kept free by uploads and creations so that deleting has room
+JSON_LIMIT = 64 * KIB  # the largest JSON body, and the most that a form may hold beside its file
+RESERVE = 2 * MIB  # uploads and creations leave this much disk free, so that deleting has room
 
 log = logging.getLogger("image_manager")
 
@@ -270,7 +270,7 @@ class ReadOnly(Unavailable):
 
 
 class MustWait(Unavailable):
-    """A thread that never waits has met a locked catalogue, or what takes long to read."""
+    """A thread that must not wait has met a locked catalogue, or a long report."""
 
 
 class StorageFull(ServiceError):
@@ -294,7 +294,7 @@ def full_disk_as_error() -> Iterator[None]:
 # ------------------------------------------------------------------------------------- settings
 
 
-# Each of these reads a setting, text or a value of Python's; raises ValueError.
+# Each of these functions reads a setting, given as text or as a Python value; raises ValueError.
 
 
 def parse_text(value: object) -> str:
@@ -352,7 +352,7 @@ LIMITS = {"port": (0, 65535), "workers": (1, 64), "threads": (1, 256)}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that can be set, made once and passed in; it reads no environment.
+    """All that can be set: made once and passed in. It reads no environment.
 
     Values may be text, as on the command line. Raises CannotStart for those that make no sense.
     """
@@ -427,12 +427,12 @@ def make_folder(path: Path) -> None:
 
 
 def sync(file: int) -> None:
-    """Bring an open file to the disk; macOS has a call of its own for that: its fcntl(2)."""
+    """Write an open file through to the disk; on macOS fsync() does not: see its fcntl(2)."""
     try:
         import fcntl
 
         fcntl.fcntl(file, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined]
-    except (ImportError, AttributeError, OSError):  # another system, or a disk without it
+    except (ImportError, AttributeError, OSError):  # not macOS, or a disk that cannot do it
         os.fsync(file)
 
 
@@ -453,8 +453,8 @@ def sync_folder(path: Path) -> None:
 READ, WRITE, DELETE = RIGHTS = ("image:read", "image:write", "image:delete")
 LEEWAY = 30  # seconds that the clock of whoever made a token may be off
 LONGEST_LINK = 30 * 86400  # seconds
-CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f]")  # all of Unicode's category Cc
-# What PyJWT says of others has parts of the token in it.
+CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f]")  # exactly Unicode's category Cc
+# Only the messages of these errors are shown: those of others may quote parts of the token.
 TOLD_REASONS = (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError, jwt.InvalidAudienceError,
                 jwt.InvalidIssuerError, jwt.MissingRequiredClaimError)  # fmt: skip
 UNCHECKED = ("verify_exp", "verify_nbf", "verify_iat", "verify_sub", "verify_jti")
@@ -479,10 +479,10 @@ class Caller(NamedTuple):
 
     tenant: str
     rights: frozenset[str] = frozenset(RIGHTS)
-    subject: object = None  # the claim sub, in whatever form it came
+    subject: object = None  # the claim sub, which may have any form
     not_before: float = -math.inf  # seconds since the epoch
     expires: float = math.inf
-    sha256: str = ""  # of a signed link: the only bytes that it gives
+    sha256: str = ""  # with a signed link: the digest of the only binary that it gives
 
 
 def load_secret(folder: Path) -> str:
@@ -514,7 +514,7 @@ def make_secret(path: Path) -> None:
             sync(file.fileno())
         try:
             os.link(draft, path)
-        except FileExistsError:  # another process was faster
+        except FileExistsError:  # another process has just made one
             pass
         except OSError:  # a file system without hard links, such as FAT
             os.replace(draft, path)
@@ -556,16 +556,16 @@ class Tokens:
             self._key, self._algorithm = load_public_key(settings.jwt_public_key)
         self._audience, self._issuer = settings.jwt_audience, settings.jwt_issuer
         self._link_key = hmac.digest(secret.encode(), b"image manager: signed links", "sha256")
-        # Verifying takes a third of a short request. A signature that held still holds, so that
-        # only the clock is asked again. Failures are not cached: a flood of bad tokens must not
-        # evict good ones.
+        # Verifying a signature takes a third of a short request, and one that was right stays so:
+        # of a token that is known, only the times are checked again. Failures are not cached, so
+        # that a flood of bad tokens cannot evict good ones.
         self._remembered = functools.lru_cache(maxsize=1024)(self._caller)
 
     def verify(self, header: str | None) -> Caller:
         """Return whose token an Authorization header carries; raises Unauthorised."""
         if header is None:
             raise Unauthorised
-        # Two such headers arrive joined by a comma, which is in no token.
+        # Two Authorization headers arrive joined by a comma, which no token contains.
         match = re.fullmatch(r"Bearer +([\w.~+/=-]+) *", header, re.ASCII | re.IGNORECASE)
         if not match:
             raise self._invalid("the header is not of the form: Bearer <token>")
@@ -582,7 +582,7 @@ class Tokens:
         return Unauthorised(f"Invalid authorization token: {reason}")
 
     def _caller(self, token: str) -> Caller:
-        """Return what a token says if its signature holds; asks no clock."""
+        """Return what a token says, whose signature must be right; looks at no times."""
         checks = {"verify_aud": bool(self._audience), "verify_iss": bool(self._issuer)}
         try:
             decoded = jwt.decode_complete(
@@ -603,7 +603,7 @@ class Tokens:
         if text_faults(claims.get("service")):
             raise self._invalid("the claim service must be a name of 1 to 128 characters")
         moments = [claims.get("nbf", -math.inf), claims.get("exp", math.inf)]
-        # NaN, which Python's JSON has, is in no order with anything.
+        # Python reads NaN as a number too, and any comparison with it is false.
         if any(type(m) not in (int, float) or not -math.inf <= m <= math.inf for m in moments):
             raise self._invalid("the claims nbf and exp must be numbers")
         return Caller(claims["service"], self._rights(claims), claims.get("sub"), *moments)
@@ -620,7 +620,7 @@ class Tokens:
         return frozenset(ours or RIGHTS)
 
     def issue(self, service: str, rights: Iterable[str] = (), seconds: int | None = None) -> str:
-        """Return a token for a tenant, with all rights and for ever unless told otherwise.
+        """Return a token for a tenant: with all rights, and for ever, unless told otherwise.
 
         Raises CannotStart where the service takes none of its own making.
         """
@@ -647,7 +647,7 @@ class Tokens:
         return f"expires={expires}&sha256={digest}&signature={signature}"
 
     def verify_link(self, image_id: str, query: Mapping[str, str]) -> tuple[str, int]:
-        """Return the SHA-256 (hex) and the end of a signed link; raises Unauthorised."""
+        """Return the SHA-256 (hexadecimal) and the expiry of a signed link; raises Unauthorised."""
         digest, expires = query.get("sha256", ""), query.get("expires", "")
         expected = self._signature(image_id, digest, expires)
         if not hmac.compare_digest(expected.encode(), query["signature"].encode()):
@@ -657,8 +657,8 @@ class Tokens:
         return base64.urlsafe_b64decode(digest + "=").hex(), int(expires)
 
     def _signature(self, *parts: str) -> str:
-        # 128 bits, which RFC 2104 section 5 allows: with the whole digest in it, the URL still
-        # fits the 160 characters that a bootloader may have for it.
+        # Cut to 128 bits, as RFC 2104, section 5, allows: so a URL that also holds a whole digest
+        # still fits into the 160 characters that a bootloader may have room for.
         mac = hmac.digest(self._link_key, "\n".join(parts).encode(), "sha256")[:16]
         return base64.urlsafe_b64encode(mac).decode().rstrip("=")
 
@@ -668,7 +668,7 @@ class Tokens:
 
 
 class Extent(NamedTuple):
-    """A run of data: where it belongs, how long it is, where it stands in a file."""
+    """A run of data: its address, its size, and its offset in a file."""
 
     address: int
     size: int
@@ -680,7 +680,7 @@ def hex_address(address: int) -> str:
 
 
 def join_adjacent(pieces: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield (address, size) of what pieces cover that come in the order of their addresses."""
+    """Yield (address, size) of the runs that pieces cover; they come in the order of addresses."""
     begin = end = 0
     for address, size in pieces:
         if address > end:
@@ -702,7 +702,7 @@ class Pieces:
         return len(self._sizes)
 
     def add(self, address: int, size: int) -> None:
-        """Take the next data; what follows on lengthens the piece before."""
+        """Add the next data of the file; data that follow on directly lengthen the last piece."""
         if self._sizes and self._addresses[-1] + self._sizes[-1] == address:
             self._sizes[-1] += size
         elif size:
@@ -710,15 +710,15 @@ class Pieces:
             self._sizes.append(size)
 
     def written(self) -> int:
-        """Return the bytes of all, those for one address counted each time."""
+        """Return the sum of all sizes; a byte that is written twice counts twice."""
         return sum(self._sizes)
 
     def segments(self) -> list[tuple[int, int]]:
-        """Return (address, size) of what they cover, in the order of addresses."""
+        """Return (address, size) of the runs that the pieces cover, in the order of addresses."""
         return list(join_adjacent(self._sorted()))
 
     def overlaps(self) -> Iterator[tuple[int, int]]:
-        """Yield (address, size) of what they cover more than once."""
+        """Yield (address, size) of the runs that are written more than once."""
         return join_adjacent(self._covered_again())
 
     def _covered_again(self) -> Iterator[tuple[int, int]]:
@@ -732,7 +732,7 @@ class Pieces:
         return ((self._addresses[number], self._sizes[number]) for number in self._order())
 
     def is_in_order(self) -> bool:
-        """Tell whether the data are in the order of their addresses, none written twice."""
+        """Tell whether the file has the data in the order of addresses, and none twice."""
         ends = map(operator.add, self._addresses, self._sizes)
         return all(map(operator.le, ends, self._addresses[1:]))
 
@@ -768,7 +768,7 @@ class Pieces:
 
 
 class Segments:
-    """Runs of data in the order of their addresses, as they stand one after the other in a file."""
+    """Runs of data in the order of addresses, which stand one after the other in a .bin file."""
 
     def __init__(self, segments: Iterable[tuple[int, int]]) -> None:
         """Take (address, size) of each."""
@@ -781,7 +781,7 @@ class Segments:
             offset += size
 
     def between(self, begin: int, end: int) -> Iterator[Extent]:
-        """Yield what lies between two addresses, cut to them."""
+        """Yield the extents that lie between two addresses, cut off at both."""
         for index in range(bisect.bisect_right(self.ends, begin), len(self.ends)):
             address = self.begins[index]
             first, last = max(address, begin), min(self.ends[index], end)
@@ -795,8 +795,8 @@ class Segments:
 # length that follow one another are checked and taken together, a column of bytes at a time
 # (_take_run); all others, and those of a run that is not sound, one by one (_take_line).
 
-# A file is read as Intel HEX where it begins with a colon, or a line looks like a record: one in
-# UTF-16 too, which is then refused.
+# A file is read as Intel HEX where it begins with a colon or has a line that looks like a record.
+# The pattern finds a record in UTF-16 too, so that it can be refused with a sentence that says so.
 DETECTION_LIMIT = 64 * KIB
 FIRST_RECORD = re.compile(
     rb"\A:|(?:\A(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?|[\r\n])\0?:\0?(?:[0-9A-Fa-f]\0?){10}"
@@ -806,12 +806,12 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLANKS = b" \t"
 NO_DIGIT = re.compile(b"[^0-9A-Fa-f]")
 END_RECORD = re.compile(rb":00[0-9A-Fa-f]{4}01[0-9A-Fa-f]{2}(?![0-9A-Fa-f])")
-PAYLOAD_SIZE = {1: 0, 2: 2, 3: 4, 4: 2, 5: 4}  # bytes, of the record types that have just one
-LONGEST_RECORD = 3 + 1 + 2 * (255 + 5)  # characters, with a byte order mark before
-MIN_RUN = 16  # records: below, one by one is as fast
+PAYLOAD_SIZE = {1: 0, 2: 2, 3: 4, 4: 2, 5: 4}  # bytes; the record types that have one fixed size
+LONGEST_RECORD = 3 + 1 + 2 * (255 + 5)  # characters, including a byte order mark
+MIN_RUN = 16  # records; fewer are read as fast one by one
 MAX_RUN_PAYLOAD = 250  # bytes: the sum of a record's bytes must fit 16 bits
 MAX_SEGMENTS = 1 << 18
-MAX_PIECES = 1 << 21  # before they are joined; putting them in order takes 100 MiB
+MAX_PIECES = 1 << 21  # as written, before they are joined; sorting so many takes 100 MiB
 TOO_SCATTERED = (
     f"The data come in more separate pieces than can be checked: {MAX_SEGMENTS:,}, "
     f"and {MAX_PIECES:,} as they are written, before they are joined"
@@ -820,14 +820,14 @@ MAX_WARNINGS = 40
 
 
 class HexFault(Exception):
-    """Says why a file cannot be taken as Intel HEX: its first fault, in most cases."""
+    """The first fault of a file, or another reason why it cannot be taken as Intel HEX."""
 
 
 class Layout(NamedTuple):
-    """What a file says."""
+    """What an Intel HEX file says, apart from the data themselves."""
 
     records: int
-    bytes: int  # of data as they are written, those at one address counted each time
+    bytes: int  # of data as written: one that is written twice counts twice
     start_address: int | None
     segments: list[tuple[int, int]]  # address and size, adjacent ones joined
     warnings: list[str]
@@ -848,7 +848,7 @@ def looks_like_hex(begin: bytes) -> bool:
 
 
 def record_fault(line: bytes) -> str:
-    """Return what is wrong with a record whose digits, length or checksum are."""
+    """Return what is wrong with a record: a character, its length or its checksum."""
     strange = NO_DIGIT.search(line, 1)
     if strange:
         return f"character {strange.start() + 1} is no hexadecimal digit"
@@ -869,26 +869,26 @@ class HexReader:
     """
 
     def __init__(self) -> None:
-        self._rest = b""  # of a line that has not ended
+        self._rest = b""  # the beginning of a line whose end has not come yet
         self._line = self._records = 0
         self._ended = False
-        # Addresses wrap at 4 GiB, but under a base of type 02 at 64 KiB from it.
+        # Addresses wrap at 4 GiB; under a base of type 02 they wrap 64 KiB above that base.
         self._base, self._wrap_to, self._limit = 0, 0, 1 << 32
-        self._linear_base = 0  # of the last record of type 04
+        self._linear_base = 0  # what the last record of type 04 has set
         self._start_address: int | None = None
         self.pieces = Pieces()  # in the order of the file
-        self._other_types: dict[int, str] = {}  # with the warning of each
-        self._noted: set[str] = set()  # where there is text besides the records
+        self._other_types: dict[int, str] = {}  # unknown record types, each with its warning
+        self._noted: set[str] = set()  # the places where text has been warned of
         self._warnings: list[str] = []
         self._warned = 0
 
     def feed(self, block: bytes) -> bytes:
         """Take the next bytes of the file; return the data of the lines that end in them."""
         text = self._rest + block
-        # A CR at the very end may be half of a line end.
+        # A CR at the very end may be the first half of CR LF.
         end = max(text.rfind(b"\n"), text.rfind(b"\r", 0, len(text) - 1)) + 1
         rest = text[end:]
-        # No record is longer. Of any other line it only matters whether it is blank.
+        # Of a line that is longer than any record, it only matters whether it is blank.
         begin, more = rest[: LONGEST_RECORD + 1], rest[LONGEST_RECORD + 1 :]
         self._rest = begin + more[:-1].strip(BLANKS)[:1] + more[-1:]
         return self._take(text[:end].splitlines())
@@ -915,7 +915,7 @@ class HexReader:
         return Layout(self._records, written, self._start_address, segments, warnings)
 
     def has_raw_bytes(self) -> bool:
-        """Tell whether there are data, and they are all that is to be flashed."""
+        """Tell whether the data are all that is to be flashed, and there are some."""
         return len(self.pieces) > 0 and not self._other_types
 
     def _take(self, lines: list[bytes]) -> bytes:
@@ -981,7 +981,7 @@ class HexReader:
         return bytes(data)
 
     def _take_line(self, line: bytes) -> bytes:
-        """Take any line; return the data of its record."""
+        """Take a line of any kind; return the data of its record."""
         self._line += 1
         if self._line == 1 and line.startswith(BYTE_ORDER_MARK):
             self._take_text(BYTE_ORDER_MARK)
@@ -998,7 +998,7 @@ class HexReader:
         return data
 
     def _take_text(self, text: bytes) -> None:
-        """Take what is no record, and may be blank."""
+        """Take text that is no record; raise HexFault where none may stand unless it is blank."""
         if self._ended and text.startswith(b":"):
             raise self._fault("a second file begins here")
         if not text.strip(BLANKS):
@@ -1050,7 +1050,7 @@ class HexReader:
             raise HexFault(TOO_SCATTERED)
 
     def _apply_control_record(self, kind: int, value: int) -> None:
-        """Do what a record says that is not data."""
+        """Apply a record of another type than data."""
         if kind == 1:
             self._ended = True
         elif kind == 2:
@@ -1064,7 +1064,7 @@ class HexReader:
             self._base = self._linear_base = value << 16
             self._wrap_to, self._limit = 0, 1 << 32
         elif kind in (3, 5):
-            # A record of type 03 has the registers CS and IP of an 8086.
+            # A record of type 03 gives the registers CS and IP of an 8086.
             start = value if kind == 5 else (value >> 16 << 4) + (value & 0xFFFF)
             last = self._start_address
             if last not in (None, start):
@@ -1088,9 +1088,9 @@ SEMVER = re.compile(
 
 
 def semver_key(version: str) -> str:
-    """Return what sorts versions by the precedence of SemVer 2.0.0, section 11.
+    """Return a key that sorts versions by the precedence of SemVer 2.0.0, section 11.
 
-    A leading v is ignored. What is no SemVer gives "", which sorts below all that is.
+    A leading v is ignored. A version that is no SemVer gives "", which sorts below all others.
     """
     match = SEMVER.fullmatch(version)
     if not match:
@@ -1100,15 +1100,14 @@ def semver_key(version: str) -> str:
     if prerelease is None:
         return key + "~"  # a release is above all its pre-releases
     for part in prerelease.split("."):
-        # Numbers sort by value and below words. "!" sorts below all that can be in a word, so
-        # that a word is above what it begins with, and a longer list above one it begins with.
+        # Numbers sort by value, and below words. "!" sorts below any character of a word: so a word
+        # sorts above its own beginning, and a longer list above a shorter one that it begins with.
         key += f"0{len(part):06}{part}!" if part.isdigit() else f"1{part}!"
     return key
 
 
 MIGRATIONS = (
-    # AUTOINCREMENT never reuses a number, so that sqlite_sequence tells whether the store was ever
-    # used.
+    # AUTOINCREMENT never reuses a number, so sqlite_sequence tells whether the store was ever used.
     """
     CREATE TABLE image (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -1133,8 +1132,9 @@ MIGRATIONS = (
     CREATE INDEX image_by_precedence ON image (tenant, label, precedence, created)
         WHERE confirmed = 1
     """,
-    # The segments are in the report as well. A date of storage outlives its binary: the next one
-    # must have a later one. Tables are made anew, as SQLite drops columns only since 3.35.
+    # The column segments goes: the report has them too. The date in stored now outlives its binary,
+    # as the next binary must be dated later. SQLite drops columns only since 3.35, so the table is
+    # made anew.
     """
     DROP INDEX image_by_age;
     DROP INDEX image_by_label;
@@ -1175,7 +1175,7 @@ MIGRATIONS = (
     """,
 )
 
-# SQLite writes the JSON, three times as fast as json.dumps would from rows.
+# SQLite writes the JSON itself, three times as fast as json.dumps would write it from rows.
 _ALWAYS = "'id', id, 'label', label, 'fw_version', fw_version, 'created', created, 'confirmed', "
 IMAGE_JSON = f"""CASE
     WHEN confirmed THEN json_object({_ALWAYS} json('true'), 'updated', updated,
@@ -1208,8 +1208,8 @@ CONFIRM = """UPDATE image SET confirmed = 1, size = :size, sha256 = :sha256, sto
     WHERE id = :id AND tenant = :tenant AND confirmed = 0"""
 CLEAR = """UPDATE image SET confirmed = 0, size = NULL, sha256 = NULL, report = NULL,
     raw_size = NULL, updated = :now WHERE id = :id AND tenant = :tenant AND confirmed = 1"""
-# The last of those whose files may still be there. More need not be known: the files of those
-# before are gone for good once so many transactions have been synced after their deletion.
+# The table removed lists deleted images whose files a crash may have left. The last 10,000 do: the
+# files of earlier ones have been gone for good since a later transaction was synced.
 REMOVE = (
     f"DELETE {ONE}",
     "INSERT INTO removed (id) VALUES (:id)",
@@ -1226,26 +1226,26 @@ CANNOT_USE: dict[type[Exception], str] = {
     StorageFull: "the disk is full; make room",
     Unavailable: "another program has locked it; end that, then try again",
 }
-PATIENCE = 10  # seconds that a write waits for other processes
+PATIENCE = 10  # seconds that a thread waits for a lock that another process holds
 # Characters of a layout report: what a thread that never waits reads at most, and what any does.
 QUICK_REPORT, LONGEST_REPORT = 64 * KIB, 1 << 30
 PRAGMAS = (
     "journal_mode = WAL",
     "synchronous = FULL",
-    # Pages of 4 KiB: the write-ahead log must fit RESERVE, or deleting would have no room.
+    # Pages of 4 KiB. The write-ahead log must fit into RESERVE, or deleting would have no room.
     "wal_autocheckpoint = 200",
-    # KiB, instead of 2,000 for each thread's connection: the system caches the file as well.
+    # 700 KiB for each connection instead of 2,000: the operating system caches the file as well.
     "cache_size = -700",
-    # After a long reader of some other tool, give back what its patience has cost.
+    # While another program reads for long, the log grows; afterwards, give the disk space back.
     "journal_size_limit = 1048576",
-    # macOS has a call of its own that brings all to the disk; others know no difference.
+    # As in sync(): macOS alone needs another call to write through to the disk.
     "fullfsync = 1",
     "checkpoint_fullfsync = 1",
 )
 
 
 class Image(NamedTuple):
-    """What the service itself needs to know of an image: COLUMNS."""
+    """What the service itself needs to know of an image; the members are those of COLUMNS."""
 
     id: str
     tenant: str
@@ -1253,14 +1253,14 @@ class Image(NamedTuple):
     size: int
     sha256: str
     stored: str
-    is_hex: int  # and sound
+    is_hex: int  # 1 for sound Intel HEX
     raw_size: int | None  # bytes of the .bin, where there is one
     updated: str
     label: str
     fw_version: str
 
 
-Permit = Callable[[Image], None]  # raises an error where an image, as it is, must not be changed
+Permit = Callable[[Image], None]  # raises an error where the image must not be changed now
 
 
 class Binary(NamedTuple):
@@ -1287,17 +1287,17 @@ class Catalogue:
         self._path, self._closed, self._make = path, False, make
         self._place: tuple[int, int] | None = None  # of the file, once it is there
         self._thread = threading.local()
-        # Connections to lend to whatever thread asks, by whether they wait for a lock.
+        # Connections to lend to any thread: those that wait for a lock, and those that do not.
         self._idle: dict[bool, list[sqlite3.Connection]] = {True: [], False: []}
-        # Threads queue here. SQLite's own waiting, for other processes, sleeps for up to 100 ms.
+        # Threads that write queue here, as SQLite itself waits by sleeping, up to 100 ms at a time.
         self._writing = threading.RLock()
-        self._additions: list[dict[str, Any]] = []  # that no thread has begun to record
-        self._segments: dict[str, Segments] = {}  # of the last few binaries, by their digest
+        self._additions: list[dict[str, Any]] = []  # images to add, which no thread records yet
+        self._segments: dict[str, Segments] = {}  # a cache: the last few binaries, by digest
         CATALOGUES.add(self)
         try:
             with self._transaction() if make else self._connection() as connection:
                 self._migrate(connection)
-            # Of this SQLite says nothing before a change.
+            # SQLite would not say so before the first change.
             if make and not os.access(path, os.W_OK):
                 raise ReadOnly
             self._place = self._find()
@@ -1371,7 +1371,7 @@ class Catalogue:
         """
         connection, waits = None, self._waits()
         try:
-            # Another thread may take the last one between a test and the pop.
+            # Another thread may take the last one between a test and the pop: so there is no test.
             with contextlib.suppress(IndexError):
                 connection = self._idle[waits].pop()
             connection = connection or self._open(waits)
@@ -1383,7 +1383,7 @@ class Catalogue:
             locked = Unavailable if waits else MustWait
             known = {"disk is full": StorageFull, "is locked": locked, "readonly": ReadOnly}
             if shutil.disk_usage(self._path.parent).free < MIB:
-                known["disk I/O error"] = StorageFull  # its index of the log does not fit the disk
+                known["disk I/O error"] = StorageFull  # no room for the -shm file
             found = [kind for words, kind in known.items() if words in str(error)]
             raise (found or [Damaged])[0]() from error
         finally:
@@ -1425,7 +1425,7 @@ class Catalogue:
     def disconnect(self) -> None:
         """Close the connections that are not lent; who asks for one gets a new one."""
         for idle in self._idle.values():
-            with contextlib.suppress(IndexError):  # of those that others take meanwhile
+            with contextlib.suppress(IndexError):  # another thread may take the last one
                 while True:
                     idle.pop().close()
 
@@ -1445,7 +1445,7 @@ class Catalogue:
                 try:
                     with self._transaction() as connection:
                         for each in together:
-                            each["now"] = now_text()  # in the order of the rows
+                            each["now"] = now_text()  # here, so that rows are in this order
                             connection.execute(ADD, each)
                 except BaseException as error:
                     for each in together:
@@ -1473,7 +1473,7 @@ class Catalogue:
         if not known:
             sha256, report = self._image_row("sha256, report", image.tenant, image.id)
             try:
-                if sha256 != image.sha256:  # they must not be remembered under its digest
+                if sha256 != image.sha256:  # the cache must not have them under its digest
                     raise ValueError("another binary")
                 known = parse_segments(report)
             except (ValueError, KeyError, TypeError) as error:
@@ -1530,7 +1530,7 @@ class Catalogue:
         fw_version: str | None,
         permit: Permit,
     ) -> None:
-        """Set what is not None."""
+        """Set the label, the version or both; None leaves one as it is."""
         precedence = None if fw_version is None else semver_key(fw_version)
         values = {"label": label, "fw_version": fw_version, "precedence": precedence}
         with self._changing(tenant, image_id, permit) as (connection, _, key):
@@ -1583,7 +1583,7 @@ class Catalogue:
         return str(removed)
 
     def unless_confirmed(self, image_id: str, action: Callable[[], None]) -> None:
-        """Do something to an image's files while no upload can record a binary of it."""
+        """Run an action on an image's files if it has no binary, while no upload can record one."""
         sql = "SELECT 1 FROM image WHERE id = ? AND confirmed = 1"
         with self._transaction() as connection:
             if not connection.execute(sql, (image_id,)).fetchone():
@@ -1596,9 +1596,10 @@ class Catalogue:
             return [Image(*row) for row in rows]
 
     def strays(self, names: Iterable[str]) -> dict[str, bool]:
-        """Return which of these files no binary has, and whether the catalogue says so itself.
+        """Return those of these files that belong to no binary.
 
-        False is for a file of which nothing is known: the catalogue may be older than that.
+        The value is True where the catalogue itself says that a file is left over, and False where
+        it knows nothing of the file, as it may be older than that.
         """
         with self._connection() as connection:
             in_use = {name for (name,) in connection.execute(IN_USE)}
@@ -1611,7 +1612,7 @@ class Catalogue:
             return found
 
     def faults(self, check: str = "integrity_check") -> list[str]:
-        """Return what SQLite finds wrong with the file; quick_check leaves out the indexes."""
+        """Return the faults that SQLite finds in the catalogue; quick_check skips the indexes."""
         try:
             with self._connection() as connection:
                 rows = connection.execute(f"PRAGMA {check}(10)").fetchall()
@@ -1624,7 +1625,7 @@ class Catalogue:
         return self._row("SELECT 1 FROM sqlite_sequence WHERE seq > 0") is not None
 
     def check(self) -> None:
-        """Raise ServiceError where images cannot be read, or recorded for good."""
+        """Raise ServiceError where images cannot be read or cannot be recorded for good."""
         self.require_in_place()
         self.total()
         if not os.access(self._path, os.W_OK):
@@ -1681,11 +1682,11 @@ def require_space(folder: Path, size: int = 0) -> None:
             raise StorageFull
 
 
-LARGEST_READ = MIB  # bytes of an excerpt; less would make downloads under other servers slower
+LARGEST_READ = MIB  # bytes; smaller reads would make downloads slower under other servers
 
 
 class Excerpt:
-    """A read-only file: what lies between two addresses, gaps filled, cut to a range.
+    """A read-only file: the bytes between two addresses, with gaps filled, cut to a range.
 
     Made for a WSGI server's file wrapper: it ends where the range ends whatever the server does,
     and gives a block at a time, so that a window over a wide gap takes no memory.
@@ -1713,13 +1714,13 @@ class Excerpt:
         return self.tell()
 
     def in_one_piece(self) -> tuple[io.FileIO, int, int] | None:
-        """Return file, offset and size of what is left, None if that is nothing or has gaps."""
+        """Return file, offset and size of the rest; None if it has gaps, or there is none."""
         extent = next(self._segments.between(self._at, self._end), None)
         left = self._end - self._at
         return (self._file, extent.offset, left) if extent and extent.size == left else None
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes: not more than LARGEST_READ, and none at the end only."""
+        """Return the next bytes, LARGEST_READ at most; only at the end there are none."""
         left = max(self._end - self._at, 0)
         size = min(left, LARGEST_READ, LARGEST_READ if size < 0 else size)
         begin, self._at = self._at, self._at + size
@@ -1741,7 +1742,7 @@ class Excerpt:
         else:  # Windows
             self._file.seek(offset)
             block = self._file.read(size)
-        if len(block) < size:  # without an error the server would wait for the rest for ever
+        if len(block) < size:  # else the server would wait for the rest for ever
             raise OSError(errno.EIO, "A binary was cut off while it was read")
         return block
 
@@ -1750,7 +1751,7 @@ class Excerpt:
 
 
 def read_extents(file: io.FileIO, extents: Iterable[Extent]) -> Iterator[bytes]:
-    """Yield the bytes of extents of a file one after the other, in blocks."""
+    """Yield the bytes of extents of a file, one extent after the other, in blocks."""
     block = bytearray()
     for extent in extents:
         file.seek(extent.offset)
@@ -1768,10 +1769,10 @@ class Upload:
     def __init__(self, folder: Path, limit: int, check: bool, require: bool) -> None:
         self._folder, self._limit, self._check, self._require = folder, limit, check, require
         self._hash, self._size = hashlib.sha256(), 0
-        self._begin: bytes | None = b""  # of the file, until it is enough to tell what it is
+        self._begin: bytes | None = b""  # the first bytes, until they tell what kind of file it is
         self._reader: HexReader | None = None
         self._files: dict[str, io.BufferedWriter] = {}
-        self.paths: dict[str, Path] = {}  # by the suffix they will have
+        self.paths: dict[str, Path] = {}  # by the suffix that the files will have
         self._create(".hex")
 
     def _create(self, suffix: str) -> None:
@@ -1808,7 +1809,7 @@ class Upload:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Refuse a file with a fault, or read no more of it where that is wished."""
+        """Refuse a file with a fault; or, if it is not to be checked, go on without its layout."""
         try:
             yield
         except HexFault as fault:
@@ -1836,12 +1837,12 @@ class Upload:
             file.flush()
             sync(file.fileno())
             file.close()
-        # The catalogue needs it in its log and in its table.
+        # The catalogue writes the report to its log, and later to its table.
         require_space(self._folder, 3 * len(report or ""))
         return Binary(self._size, self._hash.hexdigest(), report, raw_size)
 
     def _put_in_order(self, reader: HexReader, layout: Layout) -> int | None:
-        """Have the .bin in the order of addresses; return its size, None if there is to be none."""
+        """Put the .bin in the order of addresses; return its size, None where there is none."""
         if not reader.has_raw_bytes():
             self._drop(".bin")
             return None
@@ -1871,7 +1872,7 @@ class Upload:
 
 
 class BinaryStore:
-    """The binaries as files, whole or not at all, named by the image's id."""
+    """The binaries: files that are whole or not there at all, named by the image's id."""
 
     def __init__(self, folder: Path, make: bool = True) -> None:
         """Make the folders unless they are there, if `make`; raises CannotStart."""
@@ -1884,7 +1885,7 @@ class BinaryStore:
 
     def _require_renaming(self) -> None:
         """Raise CannotStart where a file cannot move from one folder to the other in one step."""
-        # A folder, as one that a crash leaves is taken for no binary.
+        # It tries with a folder: one that a crash leaves is not taken for a binary.
         name = tempfile.mkdtemp(dir=self.uploads)
         try:
             os.replace(name, self.folder / Path(name).name)
@@ -1907,9 +1908,9 @@ class BinaryStore:
 
     def publish(self, upload: Upload, image_id: str) -> None:
         """Give the files of a finished upload their names, for good."""
-        for suffix in sorted(upload.paths):  # the .bin first: where a .hex is, all is
+        for suffix in sorted(upload.paths):  # the .bin first: where the .hex is, the rest is too
             os.replace(upload.paths[suffix], self.path(image_id, suffix))
-        if ".bin" not in upload.paths:  # that of an earlier binary, being deleted
+        if ".bin" not in upload.paths:  # an earlier binary, now being deleted, may have had one
             self.path(image_id, ".bin").unlink(missing_ok=True)
         sync_folder(self.folder)
         upload.paths.clear()
@@ -1917,7 +1918,7 @@ class BinaryStore:
     def remove(self, image_id: str) -> None:
         """Remove the files of an image, if there are any."""
         for suffix in (".hex", ".bin"):
-            with contextlib.suppress(PermissionError):  # Windows: being read; swept later
+            with contextlib.suppress(PermissionError):  # Windows: it is being read, and swept later
                 self.path(image_id, suffix).unlink(missing_ok=True)
 
     def path(self, image_id: str, suffix: str) -> Path:
@@ -1926,7 +1927,7 @@ class BinaryStore:
     def open(self, image_id: str, suffix: str, size: int) -> io.FileIO:
         """Open a file for reading; raises Damaged where it is not there, readable and whole."""
         try:
-            # One string: putting a Path together takes as long as opening the file.
+            # Not by path(): putting a Path together takes as long as opening the file.
             file = open(f"{self.folder}{os.sep}{image_id}{suffix}", "rb", buffering=0)
             actual = os.fstat(file.fileno()).st_size
             if actual == size:
@@ -1946,7 +1947,7 @@ class BinaryStore:
             return {entry.name for entry in entries if entry.is_file()}
 
     def check(self) -> None:
-        """Write a file that is gone at once; raises StorageFull or OSError."""
+        """Write a file that vanishes at once; raises StorageFull or OSError."""
         require_space(self.uploads)
         with full_disk_as_error(), tempfile.TemporaryFile(dir=self.uploads) as file:
             file.write(bytes(4 * KIB))
@@ -1955,7 +1956,7 @@ class BinaryStore:
 
 # ------------------------------------------------------------------------------------- HTTP
 # Requests as they arrive; then conditions, ranges, queries and bodies. `environ` is a request as
-# WSGI (PEP 3333) has it.
+# WSGI (PEP 3333) has it: a dictionary.
 
 ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 HTTP_DATE = re.compile(
@@ -1970,7 +1971,7 @@ ADDRESS = "[0-9]{1,18}|0[xX](?:[0-9a-fA-F]{1,8}|100000000)"
 BYTE = "[0-9]{1,18}|0[xX][0-9a-fA-F]{1,2}"
 
 
-# Patterns of RFC 9112 (3, 5, 7.1) and RFC 9110 (5.6.2); all take linear time whatever they meet.
+# From the grammar of RFC 9112 (3, 5, 7.1) and RFC 9110 (5.6.2); linear in time on any input.
 METHOD = rb"[!#$%&'*+.^_`|~0-9A-Z-]+"
 REQUEST_LINE = re.compile(
     b"(%b) (/[!-~]*|\\*|(?i:https?)://[!-~]+) HTTP/([0-9])\\.([0-9])" % METHOD
@@ -1984,7 +1985,7 @@ REQUEST_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Z-]|\r?\Z")
 STRAY_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 Headers = list[tuple[str, str]]
 HEADER_LIMIT, HEADER_LINES_LIMIT = 128 * KIB, 500
-CHUNK_LINE_LIMIT = 8 * KIB  # bytes of the line before a chunk, and of one in the trailer
+CHUNK_LINE_LIMIT = 8 * KIB  # bytes; the longest line before a chunk, or in the trailer
 
 
 def parse_request_line(line: bytes) -> tuple[bytes, bytes, bytes]:
@@ -2013,7 +2014,7 @@ def header_size(received: bytearray, checked: int) -> int:
         raise BadRequest("A request is lines that end in CR LF, the first with a method")
     # A first line that is longer is read with the rest.
     length = received.find(b"\r\n", 0, CHUNK_LINE_LIMIT)
-    if length >= max(checked - 1, 0):  # it has just come to its end
+    if length >= max(checked - 1, 0):  # its end has just come
         parse_request_line(bytes(received[:length]))
     return 0
 
@@ -2030,7 +2031,7 @@ class Request(HTTPRequestParser):
 
     def __init__(self, header: bytes) -> None:
         """Read a header, without its empty line; raises BadRequest, or status 501 or 505."""
-        super().__init__(Adjustments)  # the class itself: its attributes are the defaults
+        super().__init__(Adjustments)  # the class itself, whose attributes are the defaults
         line, _, lines = header.partition(b"\r\n")
         method, target, minor = parse_request_line(line)
         self.target = target.decode()
@@ -2049,7 +2050,7 @@ class Request(HTTPRequestParser):
             raise ServiceError("Transfer-Encoding takes chunked alone", status=501) from None
         except (ParsingError, ValueError):
             raise BadRequest("The request's host, or its Content-Length, is none") from None
-        # Where a proxy in front may see another end of the request: RFC 9112, 6.1 and 6.3.
+        # A proxy in front might see another end of the request: RFC 9112, 6.1 and 6.3.
         codings = [coding.strip().lower() for coding in TRANSFER_CODING.findall(header)]
         self.has_length = "CONTENT_LENGTH" in self.headers
         if codings and (codings != [b"chunked"] or not self.chunked or self.has_length):
@@ -2058,10 +2059,10 @@ class Request(HTTPRequestParser):
         if self.version == "1.1":
             self.headers.setdefault("HOST", "")
         hosts = [self.headers[name] for name in self.headers if name == "HOST"]
-        if not target.startswith((b"/", b"*")):  # RFC 9112, 3.2.2: this host is the one that counts
+        if not target.startswith((b"/", b"*")):  # its host counts: RFC 9112, 3.2.2
             self.headers["HOST"] = self.proxy_netloc
             hosts.append(self.proxy_netloc)
-        if not all(map(AUTHORITY.fullmatch, hosts)):  # two headers are one with a blank in it
+        if not all(map(AUTHORITY.fullmatch, hosts)):  # two headers have been joined by ", "
             raise BadRequest("A request names its host in one header Host: example.com:8000")
         self.environ = self._environ()
 
@@ -2070,7 +2071,7 @@ class Request(HTTPRequestParser):
         return bool(self.chunked or self.content_length)
 
     def _environ(self) -> dict[str, Any]:
-        """Return what Bottle and the routes read of WSGI (PEP 3333)."""
+        """Return the request as WSGI has it: what Bottle and the routes read of it."""
         environ = {
             "REQUEST_METHOD": self.command,
             "PATH_INFO": self.path,
@@ -2089,7 +2090,7 @@ class Request(HTTPRequestParser):
         return environ
 
     def receive(self, received: bytearray, limit: int, folder: Path) -> Iterator[bool]:
-        """Take the body out of what is received, above JSON_LIMIT to a file in a folder.
+        """Move the body from what is received to a spool, which above JSON_LIMIT is a file.
 
         Yields True where more must come, False where others may have their turn; raises BadRequest,
         TooLarge, StorageFull.
@@ -2117,7 +2118,7 @@ class Request(HTTPRequestParser):
             yield from self._store(received, size)
             if size and (yield from self._line(received)):
                 raise BadRequest("A chunk is longer than it says")
-        while (yield from self._line(received)):  # of the trailer
+        while (yield from self._line(received)):  # the trailer
             pass
 
     def _line(self, received: bytearray) -> Generator[bool, None, bytes]:
@@ -2143,7 +2144,7 @@ class Request(HTTPRequestParser):
             self._size += count
             if self._size > self._limit:
                 raise TooLarge(self._limit)
-            # What fits alone may fill the disk together with others: look now and then.
+            # Bodies that fit one by one may fill the disk together: so look now and then.
             if self._size // JSON_LIMIT > (self._size - count) // JSON_LIMIT:
                 require_space(self._folder, count)
             with memoryview(received)[:count] as block:
@@ -2153,7 +2154,7 @@ class Request(HTTPRequestParser):
     def keeps_open(self, status: int) -> bool:
         """Tell whether the connection outlives an answer: RFC 9112, 9.3."""
         wish = {option.strip() for option in self.headers.get("CONNECTION", "").lower().split(",")}
-        # What follows a refused upload without a length may be its body, and no request.
+        # After a refused upload without a length, its body may follow, which is no request.
         unframed = not self.chunked and not self.has_length
         if unframed and status >= 400 and self.command in ("PUT", "POST", "PATCH"):
             return False
@@ -2161,7 +2162,7 @@ class Request(HTTPRequestParser):
         return may and "close" not in wish
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a file that the disk had no room for
+        with contextlib.suppress(OSError):  # the disk may have no room for what is still to write
             self.environ["wsgi.input"].close()
 
 
@@ -2171,13 +2172,13 @@ class Answer(NamedTuple):
     status: int
     head: bytes
     body: bytes | Excerpt
-    keep: bool  # the connection open
+    keep: bool  # whether the connection stays open
 
     @classmethod
     def make(
         cls, status: str, headers: Headers, body: bytes | Excerpt, version: str, keep: bool
     ) -> Answer:
-        """Put the head together, of which an application gives status and headers."""
+        """Make an answer from the status and headers that an application gives."""
         lines = [f"HTTP/{version} {status}", *(f"{name}: {value}" for name, value in headers)]
         lines.append(f"Date: {format_http_date(int(time.time()))}")
         if not keep:
@@ -2188,7 +2189,7 @@ class Answer(NamedTuple):
 
 
 class Validators(NamedTuple):
-    """What conditions are about: an entity tag, and a time in seconds since the epoch."""
+    """What conditions compare with: an entity tag, and a time in seconds since the epoch."""
 
     etag: str
     modified: int
@@ -2212,7 +2213,7 @@ def format_http_date(seconds: int) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def last_modified(stored: str) -> tuple[int, str]:
-    """Return the time of a binary in seconds since the epoch, and as an HTTP date."""
+    """Return when a binary was stored: in seconds since the epoch, and as an HTTP date."""
     seconds = int(datetime.fromisoformat(stored).timestamp())
     return seconds, format_http_date(seconds)
 
@@ -2220,12 +2221,12 @@ def last_modified(stored: str) -> tuple[int, str]:
 def require_conditions(environ: Mapping[str, str], current: Validators | None) -> None:
     """Raise PreconditionFailed where If-Match or If-Unmodified-Since does not hold.
 
-    `current` is None where there is no binary: no tag is that of one, and none was modified.
+    `current` is None where there is no binary: then no tag matches, and there is no date.
     """
     if_match = environ.get("HTTP_IF_MATCH")
     unmodified = http_date(environ, "HTTP_IF_UNMODIFIED_SINCE")
     if if_match is not None:
-        # The strong comparison: a weak tag is not the same as any.
+        # The strong comparison (RFC 9110, 8.8.3.2): a weak tag never matches.
         tags = ENTITY_TAG.findall(if_match)
         if not current or (if_match.strip() != "*" and current.etag not in tags):
             raise PreconditionFailed
@@ -2234,7 +2235,7 @@ def require_conditions(environ: Mapping[str, str], current: Validators | None) -
 
 
 def matches_none(environ: Mapping[str, str], current: Validators) -> bool:
-    """Tell whether If-None-Match holds; it does where it is not given."""
+    """Tell whether If-None-Match holds, as it does where it is not given."""
     header = environ.get("HTTP_IF_NONE_MATCH", "")
     tags = [tag.removeprefix("W/") for tag in ENTITY_TAG.findall(header)]
     return header.strip() != "*" and current.etag not in tags
@@ -2265,7 +2266,7 @@ def requested_range(environ: Mapping[str, str], current: Validators, size: int) 
     match = re.fullmatch("bytes= *([0-9]*)-([0-9]*) *", header, re.IGNORECASE)
     if not match or match[1] == match[2] == "":
         return None
-    # 19 digits are past the end of anything, and int() raises above 4,300.
+    # 19 digits are past the end of any file, and int() raises above 4,300.
     ends = [int(text.lstrip("0")[:19] or 0) if text else None for text in match.groups()]
     first, last = ends
     if first is None:
@@ -2294,7 +2295,7 @@ def parse_query(environ: Mapping[str, Any]) -> dict[str, str]:
     query = dict(pairs)
     if len(query) < len(pairs):
         raise BadRequest
-    # Devices paste versions as they are, with a plus that a query has for a blank.
+    # Devices paste versions as they are; in a query, their plus sign would mean a blank.
     pasted = urllib.parse.parse_qsl(raw.replace("+", "%2B"))
     versions = {name: value for name, value in pasted if name in ("current", "fw_version")}
     return query | {name: value for name, value in versions.items() if SEMVER.fullmatch(value)}
@@ -2394,7 +2395,7 @@ def file_in_form(environ: Mapping[str, Any]) -> Iterator[bytes]:
     try:
         if kind != "multipart/form-data":
             raise BadRequest(FORM_WANTED)
-        # In Latin-1 each byte of a file's name is a character, whatever its coding was.
+        # In Latin-1 any byte is a character: a name in another encoding is no fault.
         parser = multipart.PushMultipartParser(
             options.get("boundary", ""), max_segment_count=1000, header_charset="latin-1"
         )
@@ -2453,10 +2454,10 @@ def check_part(part: multipart.MultipartSegment, name: str, found: bool) -> None
 
 # ------------------------------------------------------------------------------------- routes
 
-PUBLIC = ""  # in the place of a right: looks at no token
-# In environ: who asks, once that is known, and that they may.
+PUBLIC = ""  # in the place of a right: needs no token, and looks at none
+# Keys of environ: the Caller, once it is known; and that the request has been admitted.
 CALLER, ADMITTED = "image_manager.caller", "image_manager.admitted"
-SMALL_RANGE = 64 * KIB  # bytes that are read at once; more are sent from the open file
+SMALL_RANGE = 64 * KIB  # bytes; so many are read at once, more are sent from the open file
 
 
 class Route(NamedTuple):
@@ -2464,18 +2465,18 @@ class Route(NamedTuple):
 
     method: str
     path: str
-    handler: str  # of Application: its first argument is the caller, the others are in the path
+    handler: str  # a method of Application; it gets the Caller and what <...> in the path matches
     right: str
     query: tuple[str, ...] = ()
-    takes: str = "nothing"  # of BODIES
-    gives: str = "Image"  # of SCHEMAS
-    answers: tuple[int, ...] = (200,)  # besides those that any route may give
+    takes: str = "nothing"  # a key of BODIES
+    gives: str = "Image"  # a key of SCHEMAS
+    answers: tuple[int, ...] = (200,)  # the statuses, besides those that any route may give
     by_link: bool = False  # a signed link will do instead of a token
-    quick: bool = False  # a GET that waits for nothing and returns little: answered in the loop
-    needs: tuple[str, ...] = ()  # what the query must have
+    quick: bool = False  # takes no time, so that the thread of the loop answers it itself
+    needs: tuple[str, ...] = ()  # the parameters that the query must have
 
 
-# What is no id, whatever the method: it has a path of its own.
+# Words that are no ids, whatever the method, as they have paths of their own.
 OTHER_THAN_IDS = r"(?!(?:latest|binary|latest/binary)\Z)"
 LABELS = ("label", "fw_version")  # members that a client must give, and may change
 IMAGE, BINARY = "/image/<image_id>", "/image/<image_id>/binary"
@@ -2541,7 +2542,7 @@ def attachment(image: Image, suffix: str) -> str:
 
 
 def permit_by(environ: Mapping[str, Any]) -> Permit:
-    """Return what holds a request's conditions against an image that is to be changed."""
+    """Return a Permit that checks the conditions of a request, such as If-Match."""
 
     def permit(image: Image) -> None:
         current = None
@@ -2555,7 +2556,7 @@ def permit_by(environ: Mapping[str, Any]) -> Permit:
 
 
 def as_service_error(error: bottle.HTTPError) -> ServiceError:
-    """Return what Bottle found itself: no such path, another method, or a bug."""
+    """Return the ServiceError for what Bottle has found: no such path, another method, or a bug."""
     if error.status_code == 404:
         return NotFound()
     if error.status_code == 405:
@@ -2573,7 +2574,7 @@ def require_the_file(route: Route, environ: Mapping[str, Any]) -> None:
     if route.takes not in ("form", "file"):
         return
     unknown = parse_query(environ).keys() - {*route.query}
-    if unknown:  # of a check that is mistyped the sender believes that it was made
+    if unknown:  # the sender of a mistyped check would believe that it was made
         raise BadRequest(f"Invalid query param supplied: this takes {' and '.join(route.query)}")
     if "HTTP_CONTENT_RANGE" in environ:  # RFC 9110, 14.5; curl -C sends the rest of a file so
         raise BadRequest("A part of a file cannot be stored: send all of it, without Content-Range")
@@ -2585,8 +2586,8 @@ def require_the_file(route: Route, environ: Mapping[str, Any]) -> None:
         raise ServiceError("Send the file as the body, with its Content-Length", status=411)
 
 
-# What a web page of another origin may send with a request and read of an answer: the CORS protocol
-# of the Fetch standard.
+# The headers that a web page of another origin may send, and those that it may read: the CORS
+# protocol of the Fetch standard.
 ALLOWED_HEADERS = ("Access-Control-Allow-Headers",
                    "Authorization, Content-Type, Range, If-Match, If-None-Match, "
                    "If-Range")  # fmt: skip
@@ -2616,7 +2617,7 @@ def preflight_headers(environ: Mapping[str, Any], allowed: str, methods: str) ->
     if allowed and allowed in ("*", environ["HTTP_ORIGIN"]):
         granted = ("Access-Control-Allow-Methods", methods)
         return [*origin_headers(environ, allowed), granted, ALLOWED_HEADERS]
-    if environ["PATH_INFO"].endswith("/binary") and "PUT" in methods:  # for those with a link
+    if environ["PATH_INFO"].endswith("/binary") and "PUT" in methods:  # pages may use links
         granted = ("Access-Control-Allow-Methods", "GET, HEAD")
         return [("Access-Control-Allow-Origin", "*"), granted, ALLOWED_HEADERS]
     return []
@@ -2650,7 +2651,7 @@ class Admission:
             raise ServiceError(f"This token does not give the right {route.right}", challenge, 403)
         require_the_file(route, environ)
         announced = environ.get("CONTENT_LENGTH") or "0"
-        # int() raises above 4,300 digits, and zeros in front are digits too.
+        # int() raises above 4,300 digits, zeros in front included.
         size = int(announced.lstrip("0")[:18] or 0) if announced.isdecimal() else 0
         if size > self.limit(route):
             raise TooLarge(self.limit(route))
@@ -2686,12 +2687,11 @@ class Application:
         self.admission = Admission(settings, self.tokens, self.catalogue, self.binaries)
         require_sound(self.catalogue)
         require_catalogue(self.catalogue, self.binaries)
-        self.catalogue.disconnect()  # a server may fork now, and no connection may cross that
+        self.catalogue.disconnect()  # until the first request, no file is open
         self._slow = {route.path for route in ROUTES if not route.quick}
         self._bottle = bottle.Bottle()
         self._bottle.default_error_handler = self._bottle_error
         for route in ROUTES:
-            # What has a path of its own is no id, whatever the method.
             path = route.path.replace("<image_id>", f"<image_id:re:{OTHER_THAN_IDS}[^/]+>")
             guarded = self._guarded(route)
             self._bottle.route(path, route.method, guarded, skip=True, route=route)
@@ -2729,7 +2729,7 @@ class Application:
             started[:] = status, headers
 
         try:
-            environ = request.environ.copy()  # as Bottle writes in it
+            environ = request.environ.copy()  # Bottle writes into it
             content = self(environ, start_response)
             request.environ[CALLER] = environ.get(CALLER)
             body = content if isinstance(content, Excerpt) else b"".join(content)
@@ -2797,7 +2797,7 @@ class Application:
 
     def is_quick(self, method: str, path: str, query: str) -> bool:
         """Tell whether a request is one to answer at once rather than in a thread."""
-        window = "format" in query or "%" in query  # whose segments may be many
+        window = "format" in query or "%" in query  # it may have very many segments
         return method in ("GET", "HEAD") and self._route_path(path) not in self._slow and not window
 
     def _bottle_error(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
@@ -2820,7 +2820,7 @@ class Application:
         known = (caller.tenant, caller.subject) if caller else (None, None)
         names = [json.dumps(name)[:200] for name in known]
         asked = route.method, urllib.parse.quote(environ["PATH_INFO"])[:200], status
-        # Quoted: parts of the reason come from the token.
+        # Quoted as JSON, as parts of the reason come from the token.
         why = [json.dumps(reason)[:300]] if status in (401, 403) else []
         log.info("%s tenant=%s sub=%s %s", environ.get("REMOTE_ADDR", "-"), *names,
                  " ".join(map(str, [*asked, *why])))  # fmt: skip
@@ -3398,10 +3398,10 @@ IDLE = 120  # seconds in which a client must send or take something
 LOOK = 1  # seconds from one look at whose time is over to the next
 LINGER, LINGER_BYTES = 10, 64 * MIB  # seconds and bytes that are read after the last answer
 SEND_BLOCK = 64 * KIB  # bytes of an answer that are read ahead of the client
-SENDFILE_BLOCK = MIB  # bytes that the system sends of a file in one call, of which a client takes
-SLOWEST = 2 * KIB  # at least, in a second
+SENDFILE_BLOCK = MIB  # bytes of a file that the system sends in one call
+SLOWEST = 2 * KIB  # bytes of such a block that a client must take in a second
 
-# What a connection waits for: by reading, or otherwise.
+# What a connection can wait for. For the first three it reads.
 READING = HEADER, BODY, END = ("the next header", "the rest of a body", "the client's end")
 ROOM, THREAD, FILE, TURN = ("room to send", "a thread", "a file to be sent", "the others' turn")
 Life = Generator[str, Any, None]
@@ -3416,16 +3416,15 @@ class Connection(asyncio.Protocol):
         self._received = bytearray()
         self._half_closed = self._lost = self._blocked = False
         self._sending: asyncio.Task[None] | None = None
-        self._life = self._live()
-        self.waits_for = ""
+        self._life, self.waits_for = self._live(), ""
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        # A client that has reset the connection already leaves None.
+        # peername is None where the client has reset the connection already.
         host, port = (transport.get_extra_info("sockname") or ("", 0))[:2]
         client = (transport.get_extra_info("peername") or ("",))[0].removeprefix("::ffff:")
         self._addresses = {"SERVER_NAME": host, "SERVER_PORT": str(port), "REMOTE_ADDR": client}
-        transport.set_write_buffer_limits(0)  # resume_writing() comes when all is sent
+        transport.set_write_buffer_limits(0)  # so resume_writing() comes when all is sent
         self._server.connections.add(self)
         self._step()
 
@@ -3433,7 +3432,7 @@ class Connection(asyncio.Protocol):
         self._received += data
         if self.waits_for in READING:
             self._step()
-        else:  # one request at a time: what comes behind it stays in the socket
+        else:  # one request at a time: the next ones stay in the socket
             self.transport.pause_reading()
 
     def eof_received(self) -> bool:
@@ -3447,18 +3446,18 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._blocked = False
-        self._loop.call_soon(self._go_on, ROOM)  # asyncio is still at what it calls this for
+        self._loop.call_soon(self._go_on, ROOM)  # not now: asyncio has not finished its own step
 
     def connection_lost(self, _: Exception | None) -> None:
         self._lost = True
         self._server.connections.discard(self)
         self._server.places.release()
-        if self.waits_for != THREAD:  # else its answer comes first, and is closed
+        if self.waits_for != THREAD:  # else _live() closes the answer when the thread has made it
             self.waits_for = ""
             self._life.close()
 
     def _step(self, value: object = None) -> None:
-        """Go on until there is something to wait for again."""
+        """Let the connection's life go on until it waits for something again."""
         try:
             self.waits_for = self._life.send(value)
             reading = self.waits_for in READING and not self._half_closed
@@ -3477,7 +3476,7 @@ class Connection(asyncio.Protocol):
             self._step(value)
 
     def _touch(self, size: int = 0) -> None:
-        """Have the client's time begin anew, in which it is to take so many bytes of a file."""
+        """Start the time anew in which the client must do something, or take `size` bytes."""
         self.deadline = self._loop.time() + max(IDLE, size / SLOWEST)
 
     def _live(self) -> Life:
@@ -3505,12 +3504,12 @@ class Connection(asyncio.Protocol):
                     environ = request.environ if request else self._addresses
                     target = request.target if request else ""
                     log_file.write(environ, target, answer.status, self._sent)
-            if keep and self._received:  # a pipeline lets the others in between
+            if keep and self._received:  # a client that pipelines lets the others in between
                 yield from self._turn()
         yield from self._linger()
 
     def _header(self) -> Generator[str, Any, bytes]:
-        """Return the next header, nothing where the client sends no more."""
+        """Return the next header; nothing where the client sends no more."""
         received, checked = self._received, 0
         self._touch()
         while True:
@@ -3551,7 +3550,7 @@ class Connection(asyncio.Protocol):
             last = self._server.stopping and not self._received
             quick = self._application.is_quick(request.command, request.path, request.query)
             answer = self._application.answer(request, last) if quick else None
-            # 503: the catalogue is locked, for which nothing waits in the loop.
+            # 503: the catalogue is locked. The loop must not wait for it, but a thread may.
             if not answer or answer.status == 503:
                 self.deadline = math.inf
                 self._server.threads.run(functools.partial(self._run_in_thread, request, last))
@@ -3592,13 +3591,13 @@ class Connection(asyncio.Protocol):
                 self._touch()
         finally:
             self._sent = content.tell()
-            if self._sending and self._sending.cancel():  # the system may still be at the file
+            if self._sending and self._sending.cancel():  # the system may still read the file
                 self._sending.add_done_callback(lambda _: content.close())
             else:
                 content.close()
 
     async def _sendfile(self, content: Excerpt) -> None:
-        """Have the system send what stands in one piece; what it cannot is left to be read."""
+        """Have the system send a file, as far as it is in one piece and the system can."""
         try:
             sent = 1
             while sent and (place := content.in_one_piece()):
@@ -3610,12 +3609,12 @@ class Connection(asyncio.Protocol):
         except asyncio.SendfileNotAvailableError:
             pass
         except (OSError, RuntimeError, asyncio.CancelledError) as error:
-            if getattr(error, "errno", None) == errno.EIO:  # else the client has gone, or must go
+            if getattr(error, "errno", None) == errno.EIO:  # any other: the client has gone
                 log.error("a binary cannot be read (%s)", error)
             self.transport.abort()
 
     def abort(self) -> None:
-        """End the connection at once; the system must be stopped sending a file before."""
+        """End the connection at once; if the system is sending a file, stop that first."""
         if not (self._sending and self._sending.cancel()):
             self.transport.abort()
 
@@ -3658,7 +3657,7 @@ class Server:
             self._loop.run_until_complete(self._serve())
         finally:
             self.threads.end()
-            self._loop.run_until_complete(asyncio.sleep(0.001))  # what is left open is closed
+            self._loop.run_until_complete(asyncio.sleep(0.001))  # lets asyncio close the last ones
             self._loop.close()
             if self.access_log:
                 self.access_log.close()
@@ -3666,7 +3665,7 @@ class Server:
     def stop(self, grace: float) -> None:
         """Have run() return, after `grace` seconds at most; for other threads and for signals."""
         self._grace, self.stopping = grace, True
-        with contextlib.suppress(RuntimeError):  # it has returned
+        with contextlib.suppress(RuntimeError):  # run() has returned, and its loop is closed
             self._loop.call_soon_threadsafe(self._stop.set)
 
     async def _serve(self) -> None:
@@ -3677,14 +3676,14 @@ class Server:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), LOOK)
             self._close(lambda connection: self._loop.time() > connection.deadline)
-        for _ in range(10):  # turns in which who waits in the backlog, and what was sent, comes in
+        for _ in range(10):  # turns for clients in the backlog, and for what they have sent
             await asyncio.sleep(0)
-        with contextlib.suppress(NotImplementedError):  # else a client may come in the meantime
+        with contextlib.suppress(NotImplementedError):  # so that no more clients come in
             self._loop.remove_reader(self._listener.fileno())
         accepting.cancel()
         await asyncio.gather(accepting, return_exceptions=True)
         if not self._shared:
-            with contextlib.suppress(OSError):  # a child that has been forked may hold it open
+            with contextlib.suppress(OSError):  # a forked child may hold the socket open
                 self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         deadline = self._loop.time() + self._grace
@@ -3700,7 +3699,7 @@ class Server:
 
     async def _accept(self) -> None:
         """Take clients while there is a place for them; the others wait in the backlog."""
-        opening = set()  # the loop keeps no task alive
+        opening = set()  # the loop itself would not keep these tasks alive
         while True:
             await self.places.acquire()
             try:
@@ -3709,16 +3708,17 @@ class Server:
                 opening.add(task)
                 task.add_done_callback(opening.discard)
                 if self._shared:
-                    await asyncio.sleep(0)  # leave some to the others
+                    await asyncio.sleep(0)  # leave some clients to the other processes
             except OSError as error:
                 self.places.release()
-                if not isinstance(error, ConnectionError):  # of a client that has left already
+                if not isinstance(error, ConnectionError):  # a client that has left already
                     self.complain(error)
-                    await asyncio.sleep(1)  # others may give back files or memory
+                    await asyncio.sleep(1)  # meanwhile files or memory may become free
 
     async def _open(self, client: socket.socket) -> None:
         try:
-            # asyncio would only log that it cannot watch a socket. Windows's own loop watches none.
+            # A socket that cannot be watched raises here, while asyncio would only log it and let
+            # the client hang. Windows's own loop watches none.
             with contextlib.suppress(NotImplementedError):
                 self._loop.add_reader(client.fileno(), bool)
                 self._loop.remove_reader(client.fileno())
