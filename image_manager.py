@@ -968,7 +968,8 @@ class HexReader:
         if sys.byteorder == "little":
             addresses.byteswap()
         begin, end = addresses[0], addresses[0] + size * count
-        if self._base + max(addresses) + size > self._limit:  # one of them wraps round
+        room = self._limit - self._base - size
+        if room < 0xFFFF and max(addresses) > room:  # one of them wraps round
             return None
         # Most files go on from record to record, so that all of these are one piece.
         if end <= 1 << 16 and addresses == array.array("H", range(begin, end, size)):
