@@ -30,7 +30,9 @@ Settings. From here to the end each layer knows only those above it:
     catalogue         the images' metadata in SQLite: all SQL is here
     binaries          the files: received, published, read in excerpts
     HTTP              requests and answers, conditions, ranges and bodies, as the RFCs have them
-    routes            the API; the two stores meet only here
+    API               the table of all routes, and its description as OpenAPI
+    admission         who may do what: all that the header of a request tells
+    application       the handlers of the routes; the two stores meet only here
     access log        a line for each answer, where that is asked for
     threads           a few that run what the server must not wait for
     server            one thread that owns all sockets
@@ -2453,12 +2455,10 @@ def check_part(part: multipart.MultipartSegment, name: str, found: bool) -> None
         raise BadRequest("The form holds the file encoded: send its bytes as they are")
 
 
-# ------------------------------------------------------------------------------------- routes
+# ------------------------------------------------------------------------------------- API
+# All paths in one table, with the right that each needs, and its description for programs.
 
 PUBLIC = ""  # in the place of a right: needs no token, and looks at none
-# Keys of environ: the Caller, once it is known; and that the request has been admitted.
-CALLER, ADMITTED = "image_manager.caller", "image_manager.admitted"
-SMALL_RANGE = 64 * KIB  # bytes; so many are read at once, more are sent from the open file
 
 
 class Route(NamedTuple):
@@ -2508,63 +2508,122 @@ ROUTES = (
 )  # fmt: skip
 
 
-def require_sound(catalogue: Catalogue, check: str = "quick_check") -> None:
-    """Raise CannotStart where the catalogue is damaged."""
-    faults = catalogue.faults(check)
-    if faults:
-        catalogue.close()
-        remedy = "restore image_manager.db from a backup, without the -wal and -shm files beside it"
-        raise CannotStart(f"The catalogue is damaged ({faults[0]}): {remedy}")
+TEXT, WHOLE, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
+TIME = {**TEXT, "format": "date-time"}
+NAME = {**TEXT, "minLength": 1, "maxLength": 128, "pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}
+NAMES = dict.fromkeys(LABELS, NAME)
+DIGEST = {**TEXT, "pattern": "^[0-9a-fA-F]{64}$"}
+ADDRESSES = {
+    "anyOf": [
+        {**WHOLE, "minimum": 0, "maximum": 1 << 32},
+        {**TEXT, "pattern": "^0[xX]([0-9a-fA-F]{1,8}|100000000)$"},
+    ]
+}
+BYTES = {"anyOf": [{**WHOLE, "minimum": 0, "maximum": 255},
+                   {**TEXT, "pattern": "^0[xX][0-9a-fA-F]{1,2}$"}]}  # fmt: skip
+PARAMETERS: dict[str, dict[str, Any]] = {
+    **NAMES, "confirmed": {**TEXT, "enum": ["true", "false"]}, "current": {**TEXT, "minLength": 1},
+    "limit": {**WHOLE, "minimum": 1, "maximum": 1000},
+    "offset": {**WHOLE, "minimum": 0, "maximum": 10**18},
+    "format": {**TEXT, "enum": ["bin"]}, "start": ADDRESSES, "end": ADDRESSES, "fill": BYTES,
+    "sha256": DIGEST, "validate": {**TEXT, "enum": ["true", "false"]},
+}  # fmt: skip
 
 
-def require_catalogue(catalogue: Catalogue, binaries: BinaryStore) -> None:
-    """Raise CannotStart where there are binaries, but there never was an image."""
-    if not catalogue.ever_used() and binaries.names():
-        catalogue.close()
-        remedy = "restore image_manager.db from a backup, or move the binaries away"
-        raise CannotStart(f"{binaries.folder} holds binaries no catalogue knows of: {remedy}")
+def schema(required: dict[str, Any], **others: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": required | others, "required": list(required)}
 
 
-def json_response(
-    content: object, status: int = 200, headers: Mapping[str, str] | None = None
-) -> bottle.HTTPResponse:
-    """Return an answer in JSON, which a string is already."""
-    text = content if isinstance(content, str) else json.dumps(content, separators=(",", ":"))
-    # Without no-store a cache may keep a 404 as long as it likes: RFC 9111, 4.2.2.
-    always = {"Content-Type": "application/json", "Cache-Control": "no-store"}
-    headers = {**always, **(headers or {})}
-    return bottle.HTTPResponse(text, status, headers)
+SCHEMAS = {
+    "Image": schema(
+        {"id": TEXT, **NAMES, "created": TIME, "confirmed": FLAG},
+        updated=TIME, size=WHOLE, sha256=DIGEST, checked=FLAG, hex={"type": "object"},
+    ),
+    "Images": {"type": "array", "items": {"$ref": "#/components/schemas/Image"}},
+    "Names": {"type": "array", "items": TEXT},
+    "Created": schema({"id": TEXT, "label": NAME, "published_at": TIME, "url": TEXT}),
+    "Removed": schema({"result": TEXT, "removed_image": {"$ref": "#/components/schemas/Image"}}),
+    "Uploaded": schema({"image": TEXT, "message": TEXT, "checked": FLAG}),
+    "Result": schema({"result": TEXT}),
+    "Link": schema({"url": TEXT, "expires": TIME}),
+    "Health": schema({"status": TEXT}),
+    "Description": {"type": "object"},
+    "Error": schema({"message": TEXT}, status=WHOLE, errors={"type": "object"}),
+}  # fmt: skip
+EXPIRES_IN = {**WHOLE, "minimum": 1, "maximum": LONGEST_LINK}
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "image": ("application/json", schema(NAMES)),
+    "change": ("application/json", {**schema({}, **NAMES), "minProperties": 1}),
+    "link": ("application/json", schema({}, expires_in=EXPIRES_IN)),
+    "form": ("multipart/form-data", schema({"image": {**TEXT, "format": "binary"}})),
+    "file": ("application/octet-stream", {}),
+}
 
 
-def attachment(image: Image, suffix: str) -> str:
-    """Return the Content-Disposition that calls a download by label and version."""
-    name = re.sub("[^A-Za-z0-9._+-]+", "_", f"{image.label}-{image.fw_version}")[:100]
-    return f'attachment; filename="{name}{suffix}"'
+def describe_api(prefix: str, handlers: object) -> dict[str, Any]:
+    """Return the API as OpenAPI 3.1, made from ROUTES and the handlers' docstrings."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        statuses = {500, 503, *route.answers}
+        statuses |= {400} if route.query or route.takes != "nothing" else set()
+        statuses |= {413, 415} if route.takes != "nothing" else set()
+        statuses |= {401, 403} if route.right else set()
+        statuses |= {507} if route.right in (WRITE, DELETE) else set()
+        query = [parameter(name, "query", name in route.needs) for name in route.query]
+        operation: dict[str, Any] = {
+            "operationId": route.handler,
+            "summary": getattr(handlers, route.handler).__doc__,
+            "parameters": query,
+            "responses": {str(status): response(route, status) for status in sorted(statuses)},
+            "security": [{"token": []}] if route.right else [],
+        }
+        if "<image_id>" in route.path:
+            operation["parameters"].append(parameter("image_id", "path", True))
+        if route.takes in BODIES:
+            kind, content = BODIES[route.takes]
+            required = route.takes != "link"
+            operation["requestBody"] = {
+                "content": {kind: {"schema": content}},
+                "required": required,
+            }
+        path = route.path.replace("<", "{").replace(">", "}")
+        paths.setdefault(path, {})[route.method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Image Manager", "version": __version__},
+        "servers": [{"url": prefix or "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": SCHEMAS,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+    }
 
 
-def permit_by(environ: Mapping[str, Any]) -> Permit:
-    """Return a Permit that checks the conditions of a request, such as If-Match."""
-
-    def permit(image: Image) -> None:
-        current = None
-        if image.confirmed:
-            current = Validators(f'"{image.sha256}"', last_modified(image.stored)[0])
-        require_conditions(environ, current)
-        if current and "HTTP_IF_NONE_MATCH" in environ and not matches_none(environ, current):
-            raise PreconditionFailed
-
-    return permit
+def parameter(name: str, place: str, required: bool) -> dict[str, Any]:
+    kind = PARAMETERS.get(name, TEXT)
+    return {"name": name, "in": place, "required": required, "schema": kind}
 
 
-def as_service_error(error: bottle.HTTPError) -> ServiceError:
-    """Return the ServiceError for what Bottle has found: no such path, another method, or a bug."""
-    if error.status_code == 404:
-        return NotFound()
-    if error.status_code == 405:
-        allowed = set(error.headers["Allow"].split(","))
-        allowed |= {"HEAD"} if "GET" in allowed else set()
-        return ServiceError("Method not allowed", {"Allow": ", ".join(sorted(allowed))}, 405)
-    return ServiceError()
+def response(route: Route, status: int) -> dict[str, Any]:
+    """Return what OpenAPI says of one status of a route."""
+    described = {"description": http.HTTPStatus(status).phrase}
+    if status in (204, 304):
+        return described
+    plain = {"File": "application/octet-stream", "Page": "text/html"}
+    if route.gives in plain and status < 300:
+        return {**described, "content": {plain[route.gives]: {}}}
+    name = route.gives if status < 400 else "Error"
+    reference = {"$ref": f"#/components/schemas/{name}"}
+    return {**described, "content": {"application/json": {"schema": reference}}}
+
+
+# ------------------------------------------------------------------------------------- admission
+# Who asks, whether they may, and whether the body can be what the route takes: all that the header
+# of a request tells.
+
+# Keys of environ: the Caller, once it is known; and that the request has been admitted.
+CALLER, ADMITTED = "image_manager.caller", "image_manager.admitted"
 
 
 def require_the_file(route: Route, environ: Mapping[str, Any]) -> None:
@@ -2673,6 +2732,71 @@ class Admission:
         """Return the largest body that a route takes, in bytes."""
         largest = self._settings.max_upload
         return {"file": largest, "form": largest + JSON_LIMIT}.get(route.takes, JSON_LIMIT)
+
+
+# ------------------------------------------------------------------------------------- application
+# The handlers of all routes. The two stores meet only here.
+
+SMALL_RANGE = 64 * KIB  # bytes; so many are read at once, more are sent from the open file
+
+
+def require_sound(catalogue: Catalogue, check: str = "quick_check") -> None:
+    """Raise CannotStart where the catalogue is damaged."""
+    faults = catalogue.faults(check)
+    if faults:
+        catalogue.close()
+        remedy = "restore image_manager.db from a backup, without the -wal and -shm files beside it"
+        raise CannotStart(f"The catalogue is damaged ({faults[0]}): {remedy}")
+
+
+def require_catalogue(catalogue: Catalogue, binaries: BinaryStore) -> None:
+    """Raise CannotStart where there are binaries, but there never was an image."""
+    if not catalogue.ever_used() and binaries.names():
+        catalogue.close()
+        remedy = "restore image_manager.db from a backup, or move the binaries away"
+        raise CannotStart(f"{binaries.folder} holds binaries no catalogue knows of: {remedy}")
+
+
+def json_response(
+    content: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> bottle.HTTPResponse:
+    """Return an answer in JSON, which a string is already."""
+    text = content if isinstance(content, str) else json.dumps(content, separators=(",", ":"))
+    # Without no-store a cache may keep a 404 as long as it likes: RFC 9111, 4.2.2.
+    always = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+    headers = {**always, **(headers or {})}
+    return bottle.HTTPResponse(text, status, headers)
+
+
+def attachment(image: Image, suffix: str) -> str:
+    """Return the Content-Disposition that calls a download by label and version."""
+    name = re.sub("[^A-Za-z0-9._+-]+", "_", f"{image.label}-{image.fw_version}")[:100]
+    return f'attachment; filename="{name}{suffix}"'
+
+
+def permit_by(environ: Mapping[str, Any]) -> Permit:
+    """Return a Permit that checks the conditions of a request, such as If-Match."""
+
+    def permit(image: Image) -> None:
+        current = None
+        if image.confirmed:
+            current = Validators(f'"{image.sha256}"', last_modified(image.stored)[0])
+        require_conditions(environ, current)
+        if current and "HTTP_IF_NONE_MATCH" in environ and not matches_none(environ, current):
+            raise PreconditionFailed
+
+    return permit
+
+
+def as_service_error(error: bottle.HTTPError) -> ServiceError:
+    """Return the ServiceError for what Bottle has found: no such path, another method, or a bug."""
+    if error.status_code == 404:
+        return NotFound()
+    if error.status_code == 405:
+        allowed = set(error.headers["Allow"].split(","))
+        allowed |= {"HEAD"} if "GET" in allowed else set()
+        return ServiceError("Method not allowed", {"Allow": ", ".join(sorted(allowed))}, 405)
+    return ServiceError()
 
 
 class Application:
@@ -2849,7 +2973,7 @@ class Application:
 
     def describe(self, caller: Caller) -> bottle.HTTPResponse:
         """Describe this API, as OpenAPI 3.1."""
-        return json_response(describe_api(self.settings.url_prefix))
+        return json_response(describe_api(self.settings.url_prefix, self))
 
     def list_images(self, caller: Caller) -> bottle.HTTPResponse:
         """List the images, oldest first; with limit in pages."""
@@ -3111,116 +3235,6 @@ class Application:
         base = self.settings.public_url or f"{environ['wsgi.url_scheme']}://{host}"
         path = self._path("image", image_id, "binary")
         return f"{base}{path}?{self.tokens.sign(image_id, sha256, expires)}", expires
-
-
-TEXT, WHOLE, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
-TIME = {**TEXT, "format": "date-time"}
-NAME = {**TEXT, "minLength": 1, "maxLength": 128, "pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}
-NAMES = dict.fromkeys(LABELS, NAME)
-DIGEST = {**TEXT, "pattern": "^[0-9a-fA-F]{64}$"}
-ADDRESSES = {
-    "anyOf": [
-        {**WHOLE, "minimum": 0, "maximum": 1 << 32},
-        {**TEXT, "pattern": "^0[xX]([0-9a-fA-F]{1,8}|100000000)$"},
-    ]
-}
-BYTES = {"anyOf": [{**WHOLE, "minimum": 0, "maximum": 255},
-                   {**TEXT, "pattern": "^0[xX][0-9a-fA-F]{1,2}$"}]}  # fmt: skip
-PARAMETERS: dict[str, dict[str, Any]] = {
-    **NAMES, "confirmed": {**TEXT, "enum": ["true", "false"]}, "current": {**TEXT, "minLength": 1},
-    "limit": {**WHOLE, "minimum": 1, "maximum": 1000},
-    "offset": {**WHOLE, "minimum": 0, "maximum": 10**18},
-    "format": {**TEXT, "enum": ["bin"]}, "start": ADDRESSES, "end": ADDRESSES, "fill": BYTES,
-    "sha256": DIGEST, "validate": {**TEXT, "enum": ["true", "false"]},
-}  # fmt: skip
-
-
-def schema(required: dict[str, Any], **others: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": required | others, "required": list(required)}
-
-
-SCHEMAS = {
-    "Image": schema(
-        {"id": TEXT, **NAMES, "created": TIME, "confirmed": FLAG},
-        updated=TIME, size=WHOLE, sha256=DIGEST, checked=FLAG, hex={"type": "object"},
-    ),
-    "Images": {"type": "array", "items": {"$ref": "#/components/schemas/Image"}},
-    "Names": {"type": "array", "items": TEXT},
-    "Created": schema({"id": TEXT, "label": NAME, "published_at": TIME, "url": TEXT}),
-    "Removed": schema({"result": TEXT, "removed_image": {"$ref": "#/components/schemas/Image"}}),
-    "Uploaded": schema({"image": TEXT, "message": TEXT, "checked": FLAG}),
-    "Result": schema({"result": TEXT}),
-    "Link": schema({"url": TEXT, "expires": TIME}),
-    "Health": schema({"status": TEXT}),
-    "Description": {"type": "object"},
-    "Error": schema({"message": TEXT}, status=WHOLE, errors={"type": "object"}),
-}  # fmt: skip
-EXPIRES_IN = {**WHOLE, "minimum": 1, "maximum": LONGEST_LINK}
-BODIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "image": ("application/json", schema(NAMES)),
-    "change": ("application/json", {**schema({}, **NAMES), "minProperties": 1}),
-    "link": ("application/json", schema({}, expires_in=EXPIRES_IN)),
-    "form": ("multipart/form-data", schema({"image": {**TEXT, "format": "binary"}})),
-    "file": ("application/octet-stream", {}),
-}
-
-
-def describe_api(prefix: str) -> dict[str, Any]:
-    """Return the API as OpenAPI 3.1, made from ROUTES and the handlers' docstrings."""
-    paths: dict[str, dict[str, Any]] = {}
-    for route in ROUTES:
-        statuses = {500, 503, *route.answers}
-        statuses |= {400} if route.query or route.takes != "nothing" else set()
-        statuses |= {413, 415} if route.takes != "nothing" else set()
-        statuses |= {401, 403} if route.right else set()
-        statuses |= {507} if route.right in (WRITE, DELETE) else set()
-        query = [parameter(name, "query", name in route.needs) for name in route.query]
-        operation: dict[str, Any] = {
-            "operationId": route.handler,
-            "summary": getattr(Application, route.handler).__doc__,
-            "parameters": query,
-            "responses": {str(status): response(route, status) for status in sorted(statuses)},
-            "security": [{"token": []}] if route.right else [],
-        }
-        if "<image_id>" in route.path:
-            operation["parameters"].append(parameter("image_id", "path", True))
-        if route.takes in BODIES:
-            kind, content = BODIES[route.takes]
-            required = route.takes != "link"
-            operation["requestBody"] = {
-                "content": {kind: {"schema": content}},
-                "required": required,
-            }
-        path = route.path.replace("<", "{").replace(">", "}")
-        paths.setdefault(path, {})[route.method.lower()] = operation
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "Image Manager", "version": __version__},
-        "servers": [{"url": prefix or "/"}],
-        "paths": paths,
-        "components": {
-            "schemas": SCHEMAS,
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-        },
-    }
-
-
-def parameter(name: str, place: str, required: bool) -> dict[str, Any]:
-    kind = PARAMETERS.get(name, TEXT)
-    return {"name": name, "in": place, "required": required, "schema": kind}
-
-
-def response(route: Route, status: int) -> dict[str, Any]:
-    """Return what OpenAPI says of one status of a route."""
-    described = {"description": http.HTTPStatus(status).phrase}
-    if status in (204, 304):
-        return described
-    plain = {"File": "application/octet-stream", "Page": "text/html"}
-    if route.gives in plain and status < 300:
-        return {**described, "content": {plain[route.gives]: {}}}
-    name = route.gives if status < 400 else "Error"
-    reference = {"$ref": f"#/components/schemas/{name}"}
-    return {**described, "content": {"application/json": {"schema": reference}}}
 
 
 def create_app(settings: Settings) -> Application:

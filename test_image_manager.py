@@ -151,7 +151,7 @@ class Client(TestApp):
     def do_request(self, request, *others, **named):
         """Make a request; its answer must be one that /openapi.json describes."""
         application = self.app.application
-        paths = image_manager.describe_api(application.settings.url_prefix)["paths"]
+        paths = image_manager.describe_api(application.settings.url_prefix, application)["paths"]
         asked = request.environ["PATH_INFO"].removeprefix(application.settings.url_prefix)
         asked = asked.rstrip("/")
         response = super().do_request(request, *others, **named)
