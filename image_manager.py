@@ -360,9 +360,7 @@ class Settings:
     """
 
     data: Path = option(dataclasses.MISSING, parse_path, "folder of the store")
-    host: str = option(
-        "127.0.0.1", parse_text, "address to listen on; 0.0.0.0 or :: for every network"
-    )
+    host: str = option("127.0.0.1", parse_text, "address to listen on; 0.0.0.0 or :: for all")
     port: int = option(0, parse_count, "port to listen on; 0 picks a free one")
     url_prefix: str = option("", parse_text, "path below which the API answers as well: /fw-image")
     public_url: str = option("", parse_text, "what signed links begin with: https://fw.example.com")
@@ -370,17 +368,11 @@ class Settings:
     threads: int = option(4, parse_count, "threads of each process")
     max_upload: int = option("512M", parse_size, "largest file taken: bytes, or with K, M, G")
     require_intel_hex: bool = option(False, parse_switch, "refuse files that are not Intel HEX")
-    jwt_public_key: Path | None = option(
-        None, parse_path, "PEM file: take only tokens signed by its owner (RS256, ES256, EdDSA)"
-    )
+    jwt_public_key: Path | None = option(None, parse_path, "PEM file of whoever signs the tokens")
     jwt_audience: str = option("", parse_text, "audience (aud) that tokens must name")
     jwt_issuer: str = option("", parse_text, "issuer (iss) that tokens must name")
-    allow_origin: str = option(
-        "", parse_text, "web page's origin that may use all of the API; * for any"
-    )
-    access_log: str = option(
-        "", parse_text, "file for a line about each answer; - for standard output"
-    )
+    allow_origin: str = option("", parse_text, "origin whose pages may use the API; * for any")
+    access_log: str = option("", parse_text, "file for a line about each answer; - for stdout")
     trusted_proxy: tuple[Network, ...] = option(
         (), parse_networks, "proxy, or network of such, whose X-Forwarded-For names the client"
     )
