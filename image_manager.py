@@ -397,9 +397,7 @@ class Settings:
         self._set("url_prefix", prefix and "/" + prefix)
         hidden = r"(?!(image|health|openapi\.json)(/|$))"
         if not re.fullmatch(rf"({hidden}[\w.~-]+(/[\w.~-]+)*)?", prefix, re.ASCII):
-            raise CannotStart(
-                "url_prefix takes a path such as /fw-image, and none of the API's own"
-            )
+            raise CannotStart("url_prefix takes a path such as /fw-image, none of the API's own")
         if not re.fullmatch(r"(https?://[\x21\x23-\x3b\x3d\x3f-\x7e]+)?", self.public_url):
             raise CannotStart("public_url takes an address such as https://fw.example.com")
         if not re.fullmatch(r"(\*|[a-z][a-z0-9+.-]*://[^/\s,]+)?", self.allow_origin, re.ASCII):
@@ -740,9 +738,8 @@ class Pieces:
         order = self._order()
         following = array.array("Q", (self._addresses[piece] for piece in order[1:]))
         following.append(1 << 33)
-        covering: list[
-            int
-        ] = []  # numbers of pieces that have begun, negative: a heap's least is first
+        # The pieces that have begun, a heap: as negative numbers, so that the last comes first.
+        covering: list[int] = []
         for piece, until in zip(order, following):
             heapq.heappush(covering, -piece)
             at = self._addresses[piece]
@@ -2282,9 +2279,7 @@ def parse_query(environ: Mapping[str, Any]) -> dict[str, str]:
         return {}
     try:
         raw = environ["QUERY_STRING"].encode("latin-1").decode()
-        pairs = urllib.parse.parse_qsl(
-            raw, keep_blank_values=True, errors="strict", max_num_fields=20
-        )
+        pairs = urllib.parse.parse_qsl(raw, True, errors="strict", max_num_fields=20)
     except ValueError as error:
         raise BadRequest from error
     query = dict(pairs)
@@ -2407,10 +2402,10 @@ def file_in_form(environ: Mapping[str, Any]) -> Iterator[bytes]:
                     yield bytes(event)
     except multipart.MultipartError as error:
         raise BadRequest(FORM_WANTED) from error
+    if others and not found:
+        raise BadRequest("File form does not have an image field")
     if not found:
-        raise BadRequest(
-            "File form does not have an image field" if others else "Payload must contain a file"
-        )
+        raise BadRequest("Payload must contain a file")
 
 
 def file_name(disposition: str) -> str | None:
@@ -3017,14 +3012,12 @@ class Application:
 
     def latest_image(self, caller: Caller) -> bottle.HTTPResponse:
         """Show a label's image with the highest version that has a binary; 204: current has it."""
-        found = self._latest(caller, parse_query(bottle.request.environ), LATEST_QUERY)
+        found = self._latest(caller, parse_query(bottle.request.environ), {*LATEST_QUERY})
         return json_response(found) if found else bottle.HTTPResponse(status=204)
 
-    def _latest(
-        self, caller: Caller, query: Mapping[str, str], allowed: tuple[str, ...]
-    ) -> str | None:
+    def _latest(self, caller: Caller, query: Mapping[str, str], allowed: set[str]) -> str | None:
         """Return the image that is asked for, None where the device has no older version."""
-        if not {"label"} <= set(query) <= set(allowed) or not all(query.values()):
+        if not {"label"} <= query.keys() <= allowed or not all(query.values()):
             raise BadRequest
         found = self.catalogue.latest(caller.tenant, query["label"])
         if not found:
@@ -3038,7 +3031,7 @@ class Application:
     def latest_binary(self, caller: Caller) -> bottle.HTTPResponse:
         """Redirect to the binary of the image that /image/latest shows, by a link for an hour."""
         query = parse_query(bottle.request.environ)
-        found = self._latest(caller, query, (*LATEST_QUERY, *WINDOW))
+        found = self._latest(caller, query, {*LATEST_QUERY, *WINDOW})
         if not found:
             return bottle.HTTPResponse(status=204)
         image = json.loads(found)
@@ -3189,9 +3182,7 @@ class Application:
             raise Unprocessable
         segments = self.catalogue.segments(image)
         if image.raw_size is None:
-            unknown = (
-                "It has records of other types than 00 to 05: what is to be flashed is unknown"
-            )
+            unknown = "It has records of other types than 00 to 05, whose meaning is unknown"
             raise Unprocessable(unknown if segments.ends else "The Intel HEX file has no data")
         start, end = place_window(segments, *wanted)
         headers = {
