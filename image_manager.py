@@ -4018,11 +4018,17 @@ def end_with_parent(alive: int) -> None:
 
 
 # ------------------------------------------------------------------------------------- maintenance
+# Checking and copying a store that may be in use. Both return how many binaries there are, and
+# what is wrong: a sentence for each fault that says what to do.
 
 
 @contextlib.contextmanager
-def open_store(folder: Path) -> Iterator[tuple[Catalogue, BinaryStore]]:
-    """Lend a store that is there, in use or on a read-only file system; raises CannotStart."""
+def open_store(folder: Path) -> Iterator[tuple[Catalogue, BinaryStore, list[str]]]:
+    """Lend a store and the list of its faults, which begins with those of the catalogue.
+
+    It may be in use, or on a read-only file system. The block ends early where the catalogue is so
+    damaged that it cannot be read. Raises CannotStart.
+    """
     path = folder / "image_manager.db"
     if not path.is_file():
         raise CannotStart(f"There is no store in {folder}: name its folder with --data")
@@ -4032,117 +4038,114 @@ def open_store(folder: Path) -> Iterator[tuple[Catalogue, BinaryStore]]:
         except CannotStart as error:
             if not re.search("unable to open|read-only", str(error)):
                 raise
-            # SQLite needs files beside it that it can write, for the log.
+            # Even to read, SQLite needs files beside the catalogue that it can write. Where it
+            # cannot, nobody changes the catalogue, so that it may be copied file by file.
             scratch = closing.enter_context(tempfile.TemporaryDirectory())
             for part in folder.glob(path.name + "*"):
                 shutil.copyfile(part, Path(scratch, part.name))
             catalogue = Catalogue(Path(scratch, path.name), make=False)
         closing.callback(catalogue.close)
-        yield catalogue, BinaryStore(folder, make=False)
+        binaries = BinaryStore(folder, make=False)
+        faults = [f"damaged: the catalogue ({fault})" for fault in catalogue.faults()]
+        if not faults:
+            faults = [f"damaged: {fault}" for fault in catalogue.unreadable()]
+            require_catalogue(catalogue, binaries)
+        try:
+            yield catalogue, binaries, faults
+        except Damaged as error:
+            if not faults:
+                faults.append(f"damaged: the catalogue ({error.__cause__})")
 
 
-def fault_of(image: Image, binaries: BinaryStore) -> str | None:
-    """Return what is wrong with an image's files, None if nothing is."""
+def fault_of(image: Image, binaries: BinaryStore, copies: BinaryStore | None = None) -> str | None:
+    """Return what is wrong with an image's files, None if nothing is.
+
+    For a backup they are copied first, and it is the copies that are checked.
+    """
     remedy = "upload the same file again, or restore it from a backup"
+    other_bytes = f"damaged: the {{}} file of image {image.id} has other bytes: {remedy}"
+    checked, is_hex = copies or binaries, image.raw_size is not None
     try:
-        with binaries.open(image.id, ".hex", image.size) as file:
-            if digest_of(file) != image.sha256:
-                return f"damaged: the hex file of image {image.id} has other bytes: {remedy}"
+        for suffix in (".hex", ".bin") if is_hex else (".hex",):
+            if copies:
+                copy_file(binaries.path(image.id, suffix), copies.path(image.id, suffix))
+        scratch = binaries.uploads if os.access(binaries.uploads, os.W_OK) else None
+        with (
+            checked.open(image.id, ".hex", image.size) as file,
+            tempfile.TemporaryFile(buffering=0, dir=scratch) as data,
+        ):
+            digest, reader = hashlib.sha256(), HexReader()
+            for block in iter(functools.partial(file.read, BLOCK), b""):
+                digest.update(block)
+                data.write(reader.feed(block) if is_hex else b"")
+            if digest.hexdigest() != image.sha256:
+                return other_bytes.format("hex")
             if image.raw_size is None:
                 return None
-            with binaries.open(image.id, ".bin", image.raw_size) as raw:
-                file.seek(0)
-                if not bin_matches_hex(raw, file, binaries.uploads):
-                    return f"damaged: the bin file of image {image.id} has other bytes: {remedy}"
+            # No digest of the .bin is recorded: it must be what follows from the .hex.
+            data.write(reader.finish())
+            wanted = read_extents(data, reader.pieces.extents())
+            with checked.open(image.id, ".bin", image.raw_size) as raw:
+                if not all(raw.read(len(block)) == block for block in wanted):
+                    return other_bytes.format("bin")
+    except HexFault:
+        return other_bytes.format("hex")
     except Damaged as error:
         return f"damaged or missing: {error}"
     except OSError as error:
         if error.errno in FULL:
             raise
-        return f"unreadable: the files of image {image.id} ({error}): {remedy}"
+        return f"unreadable: the files of image {image.id} ({error.strerror}): {remedy}"
     return None
 
 
-def digest_of(file: io.FileIO) -> str:
-    digest = hashlib.sha256()
-    for block in iter(functools.partial(file.read, BLOCK), b""):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def bin_matches_hex(raw: io.FileIO, file: io.FileIO, uploads: Path) -> bool:
-    """Tell whether a .bin file is what its .hex file says."""
-    reader, scratch = HexReader(), uploads if os.access(uploads, os.W_OK) else None
-    with tempfile.TemporaryFile(buffering=0, dir=scratch) as data:
-        for block in iter(functools.partial(file.read, BLOCK), b""):
-            data.write(reader.feed(block))
-        data.write(reader.finish())
-        wanted = read_extents(data, reader.pieces.extents())
-        return all(raw.read(len(block)) == block for block in wanted)
-
-
 def verify_store(folder: Path, progress: Callable[[int, int], object]) -> tuple[int, list[str]]:
-    """Return how many binaries a store has, and all that is wrong with it; changes nothing."""
-    with open_store(folder) as (catalogue, binaries):
-        faults = [f"damaged: the catalogue ({fault})" for fault in catalogue.faults()]
-        try:
-            faults += [f"damaged: {fault}" for fault in catalogue.unreadable()]
-            require_catalogue(catalogue, binaries)
-            strays = catalogue.strays(binaries.names())
-            if strays:
-                time.sleep(1)  # a deletion under way removes the row, then the files
-                strays = catalogue.strays(strays.keys() & binaries.names())
-            images = catalogue.confirmed()
-            found = {}
-            for number, image in enumerate(images, 1):
-                progress(number, len(images))
-                found[image.id, image.stored] = fault_of(image, binaries)
-            still = {(image.id, image.stored) for image in catalogue.confirmed()}
-        except Damaged as error:
-            return 0, faults or [f"damaged: the catalogue ({error.__cause__})"]
-    faults += [fault for key, fault in found.items() if fault and key in still]
-    remedies = {
-        True: "the next start of the service removes it",
-        False: "no image has it, and the catalogue may be older than it: move it away, or upload "
-        "it again and then remove it",
-    }
-    for name, is_left_over in sorted(strays.items()):
-        kind = "left over" if is_left_over else "unknown"
-        faults.append(f"{kind}: {binaries.folder / name}: {remedies[is_left_over]}")
+    """Return how many binaries a store has, and all that is wrong with it; changes nothing.
+
+    progress(number, total) is called before each binary. Raises CannotStart.
+    """
+    images, found = [], []
+    with open_store(folder) as (catalogue, binaries, faults):
+        strays = catalogue.strays(binaries.names())
+        if strays:
+            time.sleep(1)  # a deletion under way removes the row, then the files
+            strays = catalogue.strays(strays.keys() & binaries.names())
+        images = catalogue.confirmed()
+        for number, image in enumerate(images, 1):
+            progress(number, len(images))
+            if fault := fault_of(image, binaries):
+                found.append((image.id, image.stored, fault))
+        # What was deleted, or uploaded anew, while it was checked is no fault.
+        still = {(image.id, image.stored) for image in catalogue.confirmed()}
+        faults += [fault for *binary, fault in found if tuple(binary) in still]
+        for name, is_left_over in sorted(strays.items()):
+            kind = "left over" if is_left_over else "unknown"
+            remedy = (
+                "the next start removes it" if is_left_over else "no image has it: move it away"
+            )
+            faults.append(f"{kind}: {binaries.folder / name}: {remedy}")
     return len(images), faults
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file with its mode, which nobody else can read meanwhile; synced."""
-    handle = os.open(
-        target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600
-    )
-    with open(source, "rb") as file, open(handle, "wb") as copy:
+    """Copy a file, synced; nobody else can read it before it has the source's mode."""
+    target.unlink(missing_ok=True)
+    private = functools.partial(os.open, mode=0o600)
+    with open(source, "rb") as file, open(target, "xb", opener=private) as copy:
         shutil.copyfileobj(file, copy, BLOCK)
         copy.flush()
         sync(copy.fileno())
     shutil.copymode(source, target)
 
 
-def copy_binary(image: Image, source: BinaryStore, target: BinaryStore) -> str | None:
-    """Copy the files of an image; return what is wrong with the copy, None if nothing is."""
-    try:
-        for suffix in (".hex",) if image.raw_size is None else (".hex", ".bin"):
-            target.path(image.id, suffix).unlink(missing_ok=True)
-            copy_file(source.path(image.id, suffix), target.path(image.id, suffix))
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-        return (
-            f"unreadable: the files of image {image.id} ({error.strerror}): let this user read them"
-        )
-    return fault_of(image, target)
-
-
 def copy_images(
     catalogue: Catalogue, draft: Path, binaries: BinaryStore, copies: BinaryStore
 ) -> tuple[int, list[str]]:
-    """Copy the catalogue, then the binaries that are in the copy; return how many, and faults."""
+    """Copy the catalogue, then the binaries that are in the copy; return how many, and faults.
+
+    In this order no image of the copy lacks its binary, unless it was deleted before its turn
+    came: then the catalogue is copied once more, and what that has besides.
+    """
     found: dict[Image, str | None] = {}
     while True:
         catalogue.copy_to(draft)
@@ -4150,11 +4153,11 @@ def copy_images(
             images = snapshot.confirmed()
             for image in images:
                 if found.get(image, "to be copied"):
-                    found[image] = copy_binary(image, binaries, copies)
+                    found[image] = fault_of(image, binaries, copies)
             strays = snapshot.strays(copies.names())
         wrong = {image: fault for image in images if (fault := found[image])}
         if wrong.keys() <= set(catalogue.confirmed()):
-            break  # else one was deleted before it was copied: once more
+            break
     for name in strays:
         (copies.folder / name).unlink()
     return len(images), list(wrong.values())
@@ -4165,20 +4168,18 @@ def back_up_store(folder: Path, destination: Path) -> tuple[int, list[str]]:
 
     Raises CannotStart.
     """
-    with open_store(folder) as (catalogue, binaries):
+    count = 0
+    with open_store(folder) as (catalogue, binaries, faults):
         make_folder(destination)
         if any(destination.iterdir()):
             raise CannotStart(f"{destination} has something in it: name a new or empty folder")
         copies = BinaryStore(destination)
-        draft = destination / "tmp" / "image_manager.db"  # moved at the end: a part is no store
-        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        faults = [f"damaged: the catalogue ({fault})" for fault in catalogue.faults()]
-        try:
-            faults += [f"damaged: {fault}" for fault in catalogue.unreadable()]
-            require_catalogue(catalogue, binaries)
-            images, found = copy_images(catalogue, draft, binaries, copies)
-        except Damaged as error:
-            return 0, faults or [f"damaged: the catalogue ({error.__cause__})"]
+        # The catalogue gets its name at the very end: without one, nobody takes a backup that was
+        # broken off for a store.
+        draft = copies.uploads / "image_manager.db"
+        draft.touch(0o600)
+        count, found = copy_images(catalogue, draft, binaries, copies)
+        faults += found
         secret = folder / "secret.key"
         if secret.exists():
             copy_file(secret, destination / "secret.key")
@@ -4186,7 +4187,7 @@ def back_up_store(folder: Path, destination: Path) -> tuple[int, list[str]]:
         sync_folder(copies.folder)
         os.replace(draft, destination / "image_manager.db")
         sync_folder(destination)
-    return images, faults + found
+    return count, faults
 
 
 # ------------------------------------------------------------------------------------- page
