@@ -3864,10 +3864,9 @@ def sole_use(folder: Path) -> Iterator[None]:
 
 
 def clean_up(application: Application) -> None:
-    """Remove what a crash left over.
+    """Remove what a crash left over, but no file that the catalogue knows nothing of.
 
-    A file that the catalogue knows nothing of stays: the catalogue may be older than the file, as
-    where it was restored from a backup.
+    That may be an upload younger than the catalogue, where this was restored from a backup.
     """
     catalogue, binaries = application.catalogue, application.binaries
     strays = catalogue.strays(binaries.names())
@@ -4073,7 +4072,8 @@ def fault_of(image: Image, binaries: BinaryStore, copies: BinaryStore | None = N
     try:
         for suffix in (".hex", ".bin") if is_hex else (".hex",):
             if copies:
-                copy_file(binaries.path(image.id, suffix), copies.path(image.id, suffix))
+                with contextlib.suppress(FileNotFoundError):  # it is missed below
+                    copy_file(binaries.path(image.id, suffix), copies.path(image.id, suffix))
         scratch = binaries.uploads if os.access(binaries.uploads, os.W_OK) else None
         with (
             checked.open(image.id, ".hex", image.size) as file,
@@ -4082,12 +4082,13 @@ def fault_of(image: Image, binaries: BinaryStore, copies: BinaryStore | None = N
             digest, reader = hashlib.sha256(), HexReader()
             for block in iter(functools.partial(file.read, BLOCK), b""):
                 digest.update(block)
-                data.write(reader.feed(block) if is_hex else b"")
+                if is_hex:
+                    data.write(reader.feed(block))
             if digest.hexdigest() != image.sha256:
                 return other_bytes.format("hex")
             if image.raw_size is None:
                 return None
-            # No digest of the .bin is recorded: it must be what follows from the .hex.
+            # Of the .bin no digest is recorded, but what is in it follows from the .hex.
             data.write(reader.finish())
             wanted = read_extents(data, reader.pieces.extents())
             with checked.open(image.id, ".bin", image.raw_size) as raw:
@@ -4100,6 +4101,7 @@ def fault_of(image: Image, binaries: BinaryStore, copies: BinaryStore | None = N
     except OSError as error:
         if error.errno in FULL:
             raise
+        remedy = "let this user read them"
         return f"unreadable: the files of image {image.id} ({error.strerror}): {remedy}"
     return None
 
@@ -4124,11 +4126,10 @@ def verify_store(folder: Path, progress: Callable[[int, int], object]) -> tuple[
         still = {(image.id, image.stored) for image in catalogue.confirmed()}
         faults += [fault for *binary, fault in found if tuple(binary) in still]
         for name, is_left_over in sorted(strays.items()):
-            kind = "left over" if is_left_over else "unknown"
-            remedy = (
-                "the next start removes it" if is_left_over else "no image has it: move it away"
-            )
-            faults.append(f"{kind}: {binaries.folder / name}: {remedy}")
+            path = binaries.folder / name
+            left_over = f"left over: {path}: the next start of the service removes it"
+            unknown = f"unknown: {path}: no image has it: upload it again, or move it away"
+            faults.append(left_over if is_left_over else unknown)
     return len(images), faults
 
 
