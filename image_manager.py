@@ -161,7 +161,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 try:
     import bottle
@@ -3230,6 +3230,8 @@ def create_app(settings: Settings) -> Application:
 
 
 # ------------------------------------------------------------------------------------- access log
+# What an operator reads: the access log, and the service's own log on standard error. No request
+# waits for either: a line that cannot be written at once is lost.
 
 
 class AccessLog:
@@ -3237,103 +3239,102 @@ class AccessLog:
 
     def __init__(self, path: str) -> None:
         """Open a file, standard output for "-"; raises CannotStart."""
-        self._path, self._file = path, 1
+        self._path: str | int = 1 if path == "-" else path
         try:
-            self.reopen()
+            self._file = self._open()
         except OSError as error:
             raise CannotStart(f"Cannot write {path} ({error.strerror}): name another") from error
 
+    def _open(self) -> io.FileIO:
+        # Without a buffer a line is one write, so that those of several processes do not mix.
+        return open(self._path, "ab", buffering=0, closefd=self._path != 1)
+
     def reopen(self) -> None:
         """Open the file anew, as when logrotate has moved it away; raises OSError."""
-        if self._path != "-":
-            opened = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
-            self.close()
-            self._file = opened
+        previous, self._file = self._file, self._open()
+        previous.close()
 
     def close(self) -> None:
-        if self._file > 1:
-            os.close(self._file)
-            self._file = 1
+        self._file.close()
 
     def write(self, environ: Mapping[str, Any], target: str, status: int, size: int) -> None:
-        """Note an answer: to what, its status, how many bytes of its body were sent."""
-        asked = "-"
+        """Note an answer: to which target ("" for no request), its status, bytes of body sent."""
+        request, referrer = target, environ.get("HTTP_REFERER", "-")
         if target:
-            words = environ["REQUEST_METHOD"], without_signature(target), environ["SERVER_PROTOCOL"]
-            asked = " ".join(words)
-        referrer = without_signature(environ.get("HTTP_REFERER", "-"))
-        fields = asked, referrer, environ.get("HTTP_USER_AGENT", "-")
-        request, referrer, agent = map(quoted, fields)
-        who = f"{environ['REMOTE_ADDR'] or '-'} - {user_name(environ.get(CALLER))}"
-        when = log_time(int(time.time()))
-        line = f"{who} [{when}] {request} {status} {size or '-'} {referrer} {agent}\n"
+            request = f"{environ['REQUEST_METHOD']} {target} {environ['SERVER_PROTOCOL']}"
+        when = time.strftime("%d/%b/%Y:%H:%M:%S %z")
+        line = (
+            f"{environ['REMOTE_ADDR'] or '-'} - {user_name(environ.get(CALLER))} [{when}] "
+            f"{quoted(request or '-')} {status} {size or '-'} {quoted(referrer)} "
+            f"{quoted(environ.get('HTTP_USER_AGENT', '-'))}\n"
+        )
         with contextlib.suppress(OSError):  # a full disk must not stop the answers
-            if self._path != "-" or has_room(self._file):
-                os.write(self._file, line.encode("latin-1"))
+            if has_room(self._file.fileno()):
+                self._file.write(line.encode())
 
 
 def has_room(file: int) -> bool:
-    """Tell whether a line can be written without waiting, as for a pipe that nobody reads."""
+    """Tell whether a line can be written at once; a pipe that nobody reads fills up."""
     try:
         return bool(select.select([], [file], [], 0)[1])
     except (OSError, ValueError):  # Windows asks this of sockets alone
         return True
 
 
-class StandardError(logging.StreamHandler):  # type: ignore[type-arg] # no generic in 3.10
-    """Writes the log to standard error; where nobody reads that, lines are lost, and no time."""
+def say(text: str) -> None:
+    """Print to standard error, unless that is closed, full or a pipe that nobody reads."""
+    with contextlib.suppress(OSError):
+        if sys.stderr and has_room(2):
+            print(text, file=sys.stderr, flush=True)
+
+
+class StandardError(logging.Handler):
+    """Gives the service's log to say(), for which logging's own handler would wait or fail."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if has_room(2):
-            super().emit(record)
+        say(self.format(record))
 
 
-@functools.lru_cache(maxsize=4)
-def log_time(seconds: int) -> str:
-    return time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(seconds))
+# The parameter that makes a link work: any letter of its name may come percent-encoded.
+SIGNATURE = re.compile(
+    "[?&]" + "".join(f"(?:{letter}|%{ord(letter):x})" for letter in "signature") + "=[^&# ]*",
+    re.IGNORECASE,
+)
+PORT = re.compile(r"\A([0-9.]+):[0-9]+\Z|\A\[(.*)\](?::[0-9]+)?\Z")  # which some proxies add
 
 
 def quoted(text: str) -> str:
-    text = text.replace("\\", "\\\\").replace('"', '\\"')
+    """Return a text in quotes, escaped, and without what makes a link work."""
+    text = SIGNATURE.sub("", text).replace("\\", "\\\\").replace('"', '\\"')
     return '"' + re.sub("[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text) + '"'
 
 
 def user_name(caller: Caller | None) -> str:
     """Return tenant or tenant/subject, percent-encoded; link; or - for nobody."""
-    if caller and caller.sha256:
+    if not caller or not caller.tenant:
+        return "-"
+    if caller.sha256:
         return "link"
-    subject = caller.subject if caller else None
-    names = [caller.tenant] if caller and caller.tenant else ["-"]
-    names += [subject if isinstance(subject, str) else json.dumps(subject)] if subject else []
+    names = [caller.tenant, str(caller.subject)] if caller.subject else [caller.tenant]
     return "/".join(urllib.parse.quote(name, safe="", errors="replace") for name in names)
 
 
-def without_signature(target: str) -> str:
-    """Return a request's target without what makes a link work."""
-    path, _, query = target.partition("?")
-    parts = [(part, urllib.parse.unquote_plus(part.partition("=")[0])) for part in query.split("&")]
-    kept = "&".join(part for part, name in parts if name != "signature")
-    return f"{path}?{kept}" if kept else path
-
-
-PORT = re.compile(r"\A([0-9.]+):[0-9]+\Z|\A\[(.*)\](?::[0-9]+)?\Z")  # which some proxies add
-
-
-@functools.lru_cache(maxsize=1024)
 def client_address(peer: str, forwarded: str, trusted: tuple[Network, ...]) -> str:
-    """Return the last address on the way here that is not one of the trusted proxies."""
-    if not trusted:
-        return peer
-    found = peer
+    """Return the last address on the way here that is not one of the trusted proxies.
+
+    Each proxy adds to X-Forwarded-For, at its end, who called it: `forwarded` is true back to the
+    first that is not trusted, and whatever stands before that may be forged.
+    """
+    client = peer
     for hop in [peer, *reversed(forwarded.split(","))]:
         try:
             address = ipaddress.ip_address(PORT.sub(r"\1\2", hop.strip()))
-        except ValueError:  # what a proxy may write in the place of one: unknown
+        except ValueError:  # a proxy may write "unknown"
             break
-        found = str(address)
+        client = str(address)
         if not any(address in network for network in trusted):
             break
-    return found
+    return client
 
 
 # ------------------------------------------------------------------------------------- threads
@@ -3734,11 +3735,11 @@ class Server:
 
 
 # ------------------------------------------------------------------------------------- processes
+# One process serves by itself (serve_here). With --workers N the first process only starts others
+# around one listening socket, replaces those that die, and passes signals on (supervise).
 
 GRACE = 30  # seconds that requests in flight may take to end
-ENDING = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
-]
+Signals = dict[int, bool]  # those that a service heeds, and whether each only reopens its log
 
 
 def connection_limit() -> int:
@@ -3751,75 +3752,92 @@ def connection_limit() -> int:
     return max(4, min(10_000, (files - 40) // 2))
 
 
+def raise_file_limit() -> None:
+    """Allow this process as many open files as 10,000 connections need, or as the system does."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 20_200), most))
+
+
 def listen(settings: Settings) -> socket.socket:
     """Return a socket that listens where the settings say; raises CannotStart."""
+    host, port = settings.host, settings.port
     try:
-        kind = socket.SOCK_STREAM
-        found = socket.getaddrinfo(settings.host, settings.port, type=kind)
-        dual = settings.host == "::" and socket.has_dualstack_ipv6()
-        # With all of its parts: those of IPv6 behind host and port name the network interface.
-        return socket.create_server(
-            found[0][4], family=found[0][0], backlog=1024, dualstack_ipv6=dual
-        )
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        dual = host == "::" and socket.has_dualstack_ipv6()
+        # The place goes on whole: of fe80::1%eth0 its last part is the network interface.
+        return socket.create_server(place, family=family, backlog=1024, dualstack_ipv6=dual)
     except (OSError, UnicodeError) as error:
-        where = f"{settings.host} port {settings.port}"
-        number = getattr(error, "errno", None) or 0
-        reason = os.strerror(number) if number > 0 else error
+        reason = getattr(error, "strerror", None) or error
         remedy = "choose others with --host and --port"
-        raise CannotStart(f"Cannot listen on {where} ({reason}): {remedy}") from error
+        raise CannotStart(f"Cannot listen on {host} port {port} ({reason}): {remedy}") from error
 
 
-def address(listener: socket.socket) -> str:
-    host, port, *more = listener.getsockname()
-    if more and more[1]:  # an address that only has a meaning on one network interface
-        host += "%" + socket.if_indextoname(more[1])
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def base_url(listener: socket.socket, settings: Settings) -> str:
+    """Return the address of the API, with the prefix but no slash at the end."""
+    numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+    host, port = socket.getnameinfo(listener.getsockname(), numeric)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{settings.url_prefix}"
 
 
 @contextlib.contextmanager
 def sole_use(folder: Path) -> Iterator[None]:
     """Keep a data folder for one service; raises CannotStart where another has it.
 
-    A lock of SQLite works on every platform, and ends with the process however that ends.
+    The lock is SQLite's because that works on every platform and ends with the process, however
+    that ends: no file is left that says a dead service still runs.
     """
     make_folder(folder)
     path = folder / "service.lock"
-    # SQLite locks nothing in a file that it can only read. Opening it to see would drop the lock.
-    if path.exists() and not os.access(path, os.W_OK):
-        raise CannotStart(f"Cannot lock {path}: make it a file that this user can write")
     with contextlib.ExitStack() as closing:
         try:
             lock = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
             closing.callback(lock.close)
-            lock.execute("PRAGMA journal_mode = OFF")  # a file for nothing: this stays empty
+            lock.execute("PRAGMA journal_mode = MEMORY")  # no file beside it
             lock.execute("BEGIN EXCLUSIVE")
+            # Of a file that can only be read SQLite says so at the first change, and until then
+            # has locked nothing. This change is never committed.
+            lock.execute("PRAGMA user_version = 1")
         except sqlite3.Error as error:
-            if "locked" not in str(error):
-                raise CannotStart(f"Cannot lock {path} ({error}): remove it") from error
-            remedy = "stop that, or name another folder with --data"
-            raise CannotStart(f"Another service uses {folder}: {remedy}") from error
+            reason = f"Cannot lock {path} ({error}): let this user write it, or remove it"
+            if "locked" in str(error):
+                reason = f"Another service uses {folder}: stop that, or choose another with --data"
+            raise CannotStart(reason) from error
         yield
 
 
 def clean_up(application: Application) -> None:
-    """Remove what a crash left over.
+    """Remove what a crash left over, but no file that the catalogue knows nothing of.
 
-    A file that the catalogue knows nothing of stays: it may be older than that, as when it comes
-    from a backup.
+    That may be an upload younger than the catalogue, where this was restored from a backup.
     """
     catalogue, binaries = application.catalogue, application.binaries
     strays = catalogue.strays(binaries.names())
-    left = [binaries.folder / name for name, is_left_over in strays.items() if is_left_over]
-    if left:  # it says so in one place: what it says elsewhere must not contradict that
+    left_over = [binaries.folder / name for name, is_left_over in strays.items() if is_left_over]
+    unknown = len(strays) - len(left_over)
+    if left_over:  # a damaged index may hide the images that need them
         require_sound(catalogue, "integrity_check")
-    left += [*binaries.uploads.iterdir(), *application.settings.data.glob("secret.key*.draft")]
-    for path in filter(Path.is_file, left):
+    left_over += binaries.uploads.iterdir()
+    left_over += application.settings.data.glob("secret.key*.draft")
+    for path in filter(Path.is_file, left_over):
         log.info("removing %s, which was left over", path)
         path.unlink()
-    unknown = len(strays) - sum(strays.values())
     if unknown:
-        hint = "the catalogue may be older than they are; verify names them"
-        log.warning("%s files in %s belong to no image: %s", unknown, binaries.folder, hint)
+        log.warning("%s files in %s belong to no image: see verify", unknown, binaries.folder)
+
+
+@contextlib.contextmanager
+def ready_to_serve(settings: Settings) -> Iterator[tuple[Application, socket.socket]]:
+    """Lend an application that has its folder to itself, and a socket that listens for it."""
+    with (
+        sole_use(settings.data),
+        listen(settings) as listener,
+        contextlib.closing(create_app(settings)) as application,
+    ):
+        clean_up(application)
+        yield application, listener
 
 
 class Running(NamedTuple):
@@ -3845,128 +3863,121 @@ def running(settings: Settings) -> Iterator[Running]:
 
     No thread, open file or lock is left when the block ends. Raises CannotStart.
     """
-    with sole_use(settings.data), contextlib.closing(create_app(settings)) as application:
-        clean_up(application)
-        with listen(settings) as listener:
-            server = Server(application, listener, shared=False)
-            thread = threading.Thread(target=server.run, name="image-manager", daemon=True)
-            thread.start()
-            try:
-                yield Running(address(listener) + settings.url_prefix, application)
-            finally:
-                server.stop(grace=2)
-                thread.join()
-
-
-def serve_here(
-    application: Application, listener: socket.socket, ready: Callable[[], object]
-) -> None:
-    """Serve in this process until SIGTERM or SIGINT; calls ready() when both are heeded."""
-    server = Server(application, listener, application.settings.workers > 1)
-
-    def stop(number: int, _: object) -> None:
-        if reopens(application.settings, number) and server.access_log:
-            with contextlib.suppress(OSError):  # it goes on with the one it has
-                server.access_log.reopen()
-            return
-        if number == signal.SIGINT and server.stopping:
-            os._exit(130)
-        server.stop(GRACE)
-        end = threading.Timer(GRACE + 1, os._exit, (0,))  # whatever a thread is still at
-        end.daemon = True
-        end.start()
-
-    heed(stop)
-    ready()
-    server.run()
-
-
-def heed(stop: Callable[[int, Any], None]) -> None:
-    """Call a function for the signals that end a service; nohup has one of them ignored."""
-    for number in ENDING:
-        if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, stop)
-
-
-def reopens(settings: Settings, number: int) -> bool:
-    """Tell whether a signal opens the access log anew, rather than ending the service."""
-    return settings.access_log not in ("", "-") and number == getattr(signal, "SIGHUP", None)
-
-
-def supervise(
-    application: Application, listener: socket.socket, ready: Callable[[], object]
-) -> None:
-    """Keep as many processes serving as are wanted, until SIGTERM or SIGINT."""
-    held_back = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, ENDING)
-    let_through = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, ENDING)
-    alive, held = os.pipe()
-    workers: dict[int, float] = {}  # when each began
-    stopping = False
-
-    def start() -> None:
-        held_back()  # until this process knows the worker, and the worker has its own handlers
-        pid = None if stopping else os.fork()
-        if pid != 0:
-            if pid:
-                workers[pid] = time.monotonic()
-            let_through()
-            return
-        status = 1
+    with ready_to_serve(settings) as (application, listener):
+        url = base_url(listener, settings)
+        server = Server(application, listener, shared=False)
+        thread = threading.Thread(target=server.run, name="image-manager", daemon=True)
+        thread.start()
         try:
-            os.close(held)
-            threading.Thread(target=end_with_parent, args=(alive,), daemon=True).start()
-            serve_here(application, listener, let_through)
-            status = 0
-        except BaseException:
-            log.exception("a worker failed")
+            yield Running(url, application)
         finally:
-            os._exit(status)
+            server.stop(grace=2)
+            thread.join()
 
-    def tell_workers(number: int) -> None:
-        for pid in workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
 
-    def stop(number: int, _: object) -> None:
-        nonlocal stopping
-        if reopens(application.settings, number):
-            tell_workers(number)
-            return
-        if number == signal.SIGINT and stopping:
-            tell_workers(signal.SIGKILL)
+def block_signals(settings: Settings) -> Signals:
+    """Hold back the signals that a service heeds, until it is ready for them; return which."""
+    signals: Signals = {signal.SIGTERM: False, signal.SIGINT: False}
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup has it ignored
+        signals[hangup] = settings.access_log not in ("", "-")
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    return signals
+
+
+def serve_here(application: Application, listener: socket.socket, signals: Signals) -> None:
+    """Serve in this process until a signal ends it."""
+    server = Server(application, listener, shared=application.settings.workers > 1)
+
+    def handle(number: int, _: object) -> None:
+        if server.access_log and signals[number]:
+            with contextlib.suppress(OSError):  # it goes on with the file it has
+                server.access_log.reopen()
+        elif number == signal.SIGINT and server.stopping:
             os._exit(130)
-        stopping = True
-        listener.close()  # else connections would be taken that nobody serves
-        tell_workers(signal.SIGTERM)
+        else:
+            server.stop(GRACE)
+            end = threading.Timer(GRACE + 1, os._exit, (0,))  # whatever a thread is still at
+            end.daemon = True
+            end.start()
 
-    heed(stop)
-    ready()
-    while len(workers) < application.settings.workers and not stopping:
-        start()
-    while workers:
-        pid, status = os.wait()
-        began = workers.pop(pid, None)
-        if began is None:
-            continue  # a child of whatever program this process was before, as in containers
-        if not stopping:
-            log.error("worker %s ended with status %s: another takes its place", pid, status)
-            time.sleep(max(0, began + 1 - time.monotonic()))  # not in a tight loop
-        if not stopping:
-            start()
+    for number in signals:
+        signal.signal(number, handle)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    server.run()
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)  # it is ending already
 
 
-def end_with_parent(alive: int) -> None:
-    """End this process when the first one is gone, and with it the other end of the pipe."""
-    os.read(alive, 1)
-    os._exit(1)
+def supervise(application: Application, listener: socket.socket, signals: Signals) -> None:
+    """Keep as many processes serving as are wanted, until a signal ends them.
+
+    Signals stay blocked here and are taken one by one: a handler could run amid a fork, before the
+    worker is known, which would miss the signal, or in the worker, which would pass it on.
+    """
+    workers: set[int] = set()
+    stopping = False
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler some systems drop it
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    reader, writer = os.pipe()
+    while workers or not stopping:
+        while len(workers) < application.settings.workers and not stopping:
+            pid = os.fork()
+            if not pid:
+                os.close(writer)
+                work(application, listener, signals, reader)
+            workers.add(pid)
+        number = signal.sigwait([*signals, signal.SIGCHLD])
+        if number == signal.SIGCHLD:
+            # By their ids: a script that has become this program may have left other children.
+            for pid, status in [os.waitpid(worker, os.WNOHANG) for worker in workers]:
+                workers.discard(pid)
+                if pid and not stopping:
+                    log.error("worker %s ended with status %s: another follows", pid, status)
+                    time.sleep(1)  # those that fail at once must not keep the machine busy
+            continue
+        if number == signal.SIGINT and stopping:
+            number = signal.SIGKILL
+        elif not signals[number]:
+            number, stopping = signal.SIGTERM, True
+            listener.close()  # else connections would be taken that nobody serves
+        for pid in workers:
+            os.kill(pid, number)
+        if number == signal.SIGKILL:
+            os._exit(130)
+
+
+def work(application: Application, listener: socket.socket, signals: Signals, reader: int) -> None:
+    """Serve in a process that has been forked, then end it."""
+
+    def end_with_parent() -> None:
+        os.read(reader, 1)  # returns when the first process, which never writes, is gone
+        os._exit(1)
+
+    try:
+        threading.Thread(target=end_with_parent, daemon=True).start()
+        serve_here(application, listener, signals)
+        os._exit(0)
+    except BaseException:
+        log.exception("a worker failed")
+    finally:
+        os._exit(1)
 
 
 # ------------------------------------------------------------------------------------- maintenance
+# Checking and copying a store that may be in use. Both return how many binaries there are, and
+# what is wrong: a sentence for each fault that says what to do.
 
 
 @contextlib.contextmanager
-def open_store(folder: Path) -> Iterator[tuple[Catalogue, BinaryStore]]:
-    """Lend a store that is there, in use or on a read-only file system; raises CannotStart."""
+def open_store(folder: Path) -> Iterator[tuple[Catalogue, BinaryStore, list[str]]]:
+    """Lend a store and the list of its faults, which begins with those of the catalogue.
+
+    It may be in use, or on a read-only file system. The block ends early where the catalogue is so
+    damaged that it cannot be read. Raises CannotStart.
+    """
     path = folder / "image_manager.db"
     if not path.is_file():
         raise CannotStart(f"There is no store in {folder}: name its folder with --data")
@@ -3976,116 +3987,115 @@ def open_store(folder: Path) -> Iterator[tuple[Catalogue, BinaryStore]]:
         except CannotStart as error:
             if not re.search("unable to open|read-only", str(error)):
                 raise
-            # SQLite needs files beside it that it can write, for the log.
+            # Even to read, SQLite needs files beside the catalogue that it can write. Where it
+            # cannot, nobody changes the catalogue, so that it may be copied file by file.
             scratch = closing.enter_context(tempfile.TemporaryDirectory())
             for part in folder.glob(path.name + "*"):
                 shutil.copyfile(part, Path(scratch, part.name))
             catalogue = Catalogue(Path(scratch, path.name), make=False)
         closing.callback(catalogue.close)
-        yield catalogue, BinaryStore(folder, make=False)
+        binaries = BinaryStore(folder, make=False)
+        faults = [f"damaged: the catalogue ({fault})" for fault in catalogue.faults()]
+        if not faults:
+            require_catalogue(catalogue, binaries)
+        try:
+            yield catalogue, binaries, faults
+        except Damaged as error:
+            if not faults:
+                faults.append(f"damaged: the catalogue ({error.__cause__})")
 
 
-def fault_of(image: Image, binaries: BinaryStore) -> str | None:
-    """Return what is wrong with an image's files, None if nothing is."""
+def fault_of(image: Image, binaries: BinaryStore, copies: BinaryStore | None = None) -> str | None:
+    """Return what is wrong with an image's files, None if nothing is.
+
+    For a backup they are copied first, and it is the copies that are checked.
+    """
     remedy = "upload the same file again, or restore it from a backup"
+    other_bytes = f"damaged: the {{}} file of image {image.id} has other bytes: {remedy}"
+    checked, is_hex = copies or binaries, image.raw_size is not None
     try:
-        with binaries.open(image.id, ".hex", image.size) as file:
-            if digest_of(file) != image.sha256:
-                return f"damaged: the hex file of image {image.id} has other bytes: {remedy}"
+        for suffix in (".hex", ".bin") if is_hex else (".hex",):
+            if copies:
+                with contextlib.suppress(FileNotFoundError):  # it is missed below
+                    copy_file(binaries.path(image.id, suffix), copies.path(image.id, suffix))
+        scratch = binaries.uploads if os.access(binaries.uploads, os.W_OK) else None
+        with (
+            checked.open(image.id, ".hex", image.size) as file,
+            tempfile.TemporaryFile(buffering=0, dir=scratch) as data,
+        ):
+            digest, reader = hashlib.sha256(), HexReader()
+            for block in iter(functools.partial(file.read, BLOCK), b""):
+                digest.update(block)
+                if is_hex:
+                    data.write(reader.feed(block))
+            if digest.hexdigest() != image.sha256:
+                return other_bytes.format("hex")
             if image.raw_size is None:
                 return None
-            with binaries.open(image.id, ".bin", image.raw_size) as raw:
-                file.seek(0)
-                if not bin_matches_hex(raw, file, binaries.uploads):
-                    return f"damaged: the bin file of image {image.id} has other bytes: {remedy}"
+            # Of the .bin no digest is recorded, but what is in it follows from the .hex.
+            data.write(reader.finish())
+            wanted = read_extents(data, reader.pieces.extents())
+            with checked.open(image.id, ".bin", image.raw_size) as raw:
+                if not all(raw.read(len(block)) == block for block in wanted):
+                    return other_bytes.format("bin")
+    except HexFault:
+        return other_bytes.format("hex")
     except Damaged as error:
         return f"damaged or missing: {error}"
     except OSError as error:
         if error.errno in FULL:
             raise
-        return f"unreadable: the files of image {image.id} ({error}): {remedy}"
+        remedy = "let this user read them"
+        return f"unreadable: the files of image {image.id} ({error.strerror}): {remedy}"
     return None
 
 
-def digest_of(file: io.FileIO) -> str:
-    digest = hashlib.sha256()
-    for block in iter(functools.partial(file.read, BLOCK), b""):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def bin_matches_hex(raw: io.FileIO, file: io.FileIO, uploads: Path) -> bool:
-    """Tell whether a .bin file is what its .hex file says."""
-    reader, scratch = HexReader(), uploads if os.access(uploads, os.W_OK) else None
-    with tempfile.TemporaryFile(buffering=0, dir=scratch) as data:
-        for block in iter(functools.partial(file.read, BLOCK), b""):
-            data.write(reader.feed(block))
-        data.write(reader.finish())
-        wanted = read_extents(data, reader.pieces.extents())
-        return all(raw.read(len(block)) == block for block in wanted)
-
-
 def verify_store(folder: Path, progress: Callable[[int, int], object]) -> tuple[int, list[str]]:
-    """Return how many binaries a store has, and all that is wrong with it; changes nothing."""
-    with open_store(folder) as (catalogue, binaries):
-        faults = [f"damaged: the catalogue ({fault})" for fault in catalogue.faults()]
-        try:
-            require_catalogue(catalogue, binaries)
-            strays = catalogue.strays(binaries.names())
-            if strays:
-                time.sleep(1)  # a deletion under way removes the row, then the files
-                strays = catalogue.strays(strays.keys() & binaries.names())
-            images = catalogue.confirmed()
-            found = {}
-            for number, image in enumerate(images, 1):
-                progress(number, len(images))
-                found[image.id, image.stored] = fault_of(image, binaries)
-            still = {(image.id, image.stored) for image in catalogue.confirmed()}
-        except Damaged as error:
-            return 0, faults or [f"damaged: the catalogue ({error.__cause__})"]
-    faults += [fault for key, fault in found.items() if fault and key in still]
-    remedies = {
-        True: "the next start of the service removes it",
-        False: "no image has it, and the catalogue may be older than it: move it away, or upload "
-        "it again and then remove it",
-    }
-    for name, is_left_over in sorted(strays.items()):
-        kind = "left over" if is_left_over else "unknown"
-        faults.append(f"{kind}: {binaries.folder / name}: {remedies[is_left_over]}")
+    """Return how many binaries a store has, and all that is wrong with it; changes nothing.
+
+    progress(number, total) is called before each binary. Raises CannotStart.
+    """
+    images, found = [], []
+    with open_store(folder) as (catalogue, binaries, faults):
+        strays = catalogue.strays(binaries.names())
+        if strays:
+            time.sleep(1)  # a deletion under way removes the row, then the files
+            strays = catalogue.strays(strays.keys() & binaries.names())
+        images = catalogue.confirmed()
+        for number, image in enumerate(images, 1):
+            progress(number, len(images))
+            if fault := fault_of(image, binaries):
+                found.append((image.id, image.stored, fault))
+        # What was deleted, or uploaded anew, while it was checked is no fault.
+        still = {(image.id, image.stored) for image in catalogue.confirmed()}
+        faults += [fault for *binary, fault in found if tuple(binary) in still]
+        for name, is_left_over in sorted(strays.items()):
+            path = binaries.folder / name
+            left_over = f"left over: {path}: the next start of the service removes it"
+            unknown = f"unknown: {path}: no image has it: upload it again, or move it away"
+            faults.append(left_over if is_left_over else unknown)
     return len(images), faults
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file with its mode, which nobody else can read meanwhile; synced."""
-    handle = os.open(
-        target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600
-    )
-    with open(source, "rb") as file, open(handle, "wb") as copy:
+    """Copy a file, synced; nobody else can read it before it has the source's mode."""
+    target.unlink(missing_ok=True)
+    private = functools.partial(os.open, mode=0o600)
+    with open(source, "rb") as file, open(target, "xb", opener=private) as copy:
         shutil.copyfileobj(file, copy, BLOCK)
         copy.flush()
         sync(copy.fileno())
     shutil.copymode(source, target)
 
 
-def copy_binary(image: Image, source: BinaryStore, target: BinaryStore) -> str | None:
-    """Copy the files of an image; return what is wrong with the copy, None if nothing is."""
-    try:
-        for suffix in (".hex",) if image.raw_size is None else (".hex", ".bin"):
-            target.path(image.id, suffix).unlink(missing_ok=True)
-            copy_file(source.path(image.id, suffix), target.path(image.id, suffix))
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-        return (
-            f"unreadable: the files of image {image.id} ({error.strerror}): let this user read them"
-        )
-    return fault_of(image, target)
-
-
 def copy_images(
     catalogue: Catalogue, draft: Path, binaries: BinaryStore, copies: BinaryStore
 ) -> tuple[int, list[str]]:
-    """Copy the catalogue, then the binaries that are in the copy; return how many, and faults."""
+    """Copy the catalogue, then the binaries that are in the copy; return how many, and faults.
+
+    In this order no image of the copy lacks its binary, unless it was deleted before its turn
+    came: then the catalogue is copied once more, and what that has besides.
+    """
     found: dict[Image, str | None] = {}
     while True:
         catalogue.copy_to(draft)
@@ -4093,11 +4103,11 @@ def copy_images(
             images = snapshot.confirmed()
             for image in images:
                 if found.get(image, "to be copied"):
-                    found[image] = copy_binary(image, binaries, copies)
+                    found[image] = fault_of(image, binaries, copies)
             strays = snapshot.strays(copies.names())
         wrong = {image: fault for image in images if (fault := found[image])}
         if wrong.keys() <= set(catalogue.confirmed()):
-            break  # else one was deleted before it was copied: once more
+            break
     for name in strays:
         (copies.folder / name).unlink()
     return len(images), list(wrong.values())
@@ -4108,19 +4118,18 @@ def back_up_store(folder: Path, destination: Path) -> tuple[int, list[str]]:
 
     Raises CannotStart.
     """
-    with open_store(folder) as (catalogue, binaries):
+    count = 0
+    with open_store(folder) as (catalogue, binaries, faults):
         make_folder(destination)
         if any(destination.iterdir()):
             raise CannotStart(f"{destination} has something in it: name a new or empty folder")
         copies = BinaryStore(destination)
-        draft = destination / "tmp" / "image_manager.db"  # moved at the end: a part is no store
-        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        faults = [f"damaged: the catalogue ({fault})" for fault in catalogue.faults()]
-        try:
-            require_catalogue(catalogue, binaries)
-            images, found = copy_images(catalogue, draft, binaries, copies)
-        except Damaged as error:
-            return 0, faults or [f"damaged: the catalogue ({error.__cause__})"]
+        # The catalogue gets its name at the very end: without one, nobody takes a backup that was
+        # broken off for a store.
+        draft = copies.uploads / "image_manager.db"
+        draft.touch(0o600)
+        count, found = copy_images(catalogue, draft, binaries, copies)
+        faults += found
         secret = folder / "secret.key"
         if secret.exists():
             copy_file(secret, destination / "secret.key")
@@ -4128,7 +4137,7 @@ def back_up_store(folder: Path, destination: Path) -> tuple[int, list[str]]:
         sync_folder(copies.folder)
         os.replace(draft, destination / "image_manager.db")
         sync_folder(destination)
-    return images, faults + found
+    return count, faults
 
 
 # ------------------------------------------------------------------------------------- page
@@ -5042,95 +5051,92 @@ PAGE_HEADERS = {
 
 
 # ------------------------------------------------------------------------------------- command line
+# Each command is a function, and its docstring its page of help.
+
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+# What the command line has where Settings has something else, or nothing.
+DEFAULTS = {"data": Path(__file__).resolve().parent / "data", "port": 8000}
 
 
-def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or Ctrl-C."""
+def serve(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Each option can be set in the environment too, as IMAGE_MANAGER_PORT for --port.
+    IMAGE_MANAGER_JWT_SECRET takes the place of the secret in the folder.
+    """
     if settings.workers > 1 and not hasattr(os, "fork"):
         raise CannotStart("This platform cannot fork: serve with --workers 1")
-    if settings.jwt_secret and len(settings.jwt_secret) < 32:
-        log.warning("IMAGE_MANAGER_JWT_SECRET has less than the 32 characters HS256 asks for")
     raise_file_limit()
-    with contextlib.ExitStack() as closing:
-        closing.enter_context(sole_use(settings.data))
-        listener = closing.enter_context(listen(settings))
-        application = closing.enter_context(contextlib.closing(create_app(settings)))
-        clean_up(application)
-        if settings.access_log:
-            AccessLog(settings.access_log).close()  # workers would fail one after the other
-        told = [f"listening on {address(listener)}{settings.url_prefix}"]
-        told.append("the address opens in a browser, too")
-        told.append(f"storing {application.catalogue.total()} images in {settings.data}")
-        told += token_hint(settings)
+    with ready_to_serve(settings) as (application, listener):
+        if settings.access_log:  # before workers fail at it one after the other
+            AccessLog(settings.access_log).close()
+        signals = block_signals(settings)
+        say(f"listening on {base_url(listener, settings)}")
+        say("the address opens in a browser, too")
+        say(f"storing {application.catalogue.total()} images in {settings.data}")
+        say_how_to_get_a_token(settings)
+        if settings.jwt_secret and len(settings.jwt_secret) < 32:
+            say("IMAGE_MANAGER_JWT_SECRET has less than the 32 characters that HS256 asks for")
         application.catalogue.disconnect()  # no connection of SQLite may cross a fork
         run = supervise if settings.workers > 1 else serve_here
-        run(application, listener, functools.partial(say, *told))
-    for number in ENDING:
-        signal.signal(number, signal.SIG_IGN)  # it is ending already
+        run(application, listener, signals)
     return 0
 
 
-def token_hint(settings: Settings) -> list[str]:
-    """Return the command that makes a token which the service takes, from whatever folder."""
+def say_how_to_get_a_token(settings: Settings) -> None:
+    """Name the command that makes a token which the service takes, from whatever folder."""
     if settings.jwt_public_key:
-        return []
-    command = [sys.executable or "python", os.path.abspath(sys.argv[0]), "token"]
+        return
+    command = [sys.executable or "python", os.path.abspath(__file__), "token"]
     command += ["--data", str(settings.data.absolute())]
     command += ["--audience", settings.jwt_audience] if settings.jwt_audience else []
     command += ["--issuer", settings.jwt_issuer] if settings.jwt_issuer else []
-    hint = [f"get a token with: {shlex.join(command)}"]
-    secret = "  (which needs IMAGE_MANAGER_JWT_SECRET in its environment, as it is here)"
-    return hint + [secret] * bool(settings.jwt_secret)
+    say(f"get a token with: {shlex.join(command)}")
+    if settings.jwt_secret:
+        say("  (which needs IMAGE_MANAGER_JWT_SECRET in its environment, as it is here)")
 
 
-def raise_file_limit() -> None:
-    """Allow as many open files as the system does: a connection is one, and often two."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 20_200 if most == resource.RLIM_INFINITY else min(most, 20_200)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-
-
-def token(settings: Settings, service: str, scope: list[str], expires: int | None) -> int:
+def token(settings: Settings, arguments: argparse.Namespace) -> int:
     """Print a token."""
+    if faults := text_faults(arguments.service):
+        raise CannotStart(f"--service takes a name of 1 to 128 characters: {faults[0]}")
     secret, path = settings.jwt_secret, settings.data / "secret.key"
     if not secret and not settings.jwt_public_key:
-        made = not path.exists()
+        is_new = not path.exists()
         secret = load_secret(settings.data)
-        if made:
+        if is_new:
             say(f"made {path}, as there was none: only a service on that folder takes this token")
-    print(Tokens(settings, secret).issue(service, scope, expires))
+    tokens = Tokens(settings, secret)
+    print(tokens.issue(arguments.service, arguments.scope, arguments.expires))
     return 0
 
 
-def verify(settings: Settings) -> int:
-    """Check every file against the catalogue, and the catalogue itself."""
-    shows = bool(sys.stderr and sys.stderr.isatty())
+def verify(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Check every file against the catalogue, and the catalogue itself.
 
-    def progress(number: int, total: int) -> None:
-        if shows:
-            print(
-                f"\r{number} of {total}", end="\n" * (number == total), file=sys.stderr, flush=True
-            )
+    Exit status: 0 all sound, 1 something is not, 2 it could not look.
+    """
+    return print_findings("checked", *verify_store(settings.data, show_progress))
 
-    count, faults = verify_store(settings.data, progress)
-    print(*faults, f"{count} binaries checked, {len(faults)} faults", sep="\n")
+
+def backup(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Copy a store, which may be in use, to a folder that has nothing in it.
+
+    To go on with the copy: serve --data DESTINATION.
+    Exit status: 0 all sound, 1 something is not, 2 no copy could be made.
+    """
+    return print_findings("copied", *back_up_store(settings.data, arguments.destination))
+
+
+def show_progress(number: int, total: int) -> None:
+    if sys.stderr and sys.stderr.isatty():
+        end = "\n" if number == total else ""
+        print(f"\r{number} of {total}", end=end, file=sys.stderr, flush=True)
+
+
+def print_findings(done: str, count: int, faults: list[str]) -> int:
+    print(*faults, f"{count} binaries {done}, {len(faults)} faults", sep="\n")
     return 1 if faults else 0
-
-
-def backup(settings: Settings, destination: Path) -> int:
-    """Copy a store, which may be in use, to a folder that has nothing in it."""
-    count, faults = back_up_store(settings.data, destination)
-    print(*faults, f"{count} binaries copied, {len(faults)} faults", sep="\n")
-    return 1 if faults else 0
-
-
-def parse_service(text: str) -> str:
-    if faults := text_faults(text):
-        raise argparse.ArgumentTypeError(f"takes 1 to 128 characters: {faults[0]}")
-    return text
 
 
 def parse_scope(text: str) -> list[str]:
@@ -5148,95 +5154,45 @@ def parse_lifetime(text: str) -> int | None:
     return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else None
 
 
-# What the command line has where Settings has something else, or nothing.
-DEFAULTS = {"data": Path(__file__).resolve().parent / "data", "port": 8000}
-EXAMPLES = {
-    "serve": """Each option can be set in the environment too: IMAGE_MANAGER_PORT for --port.
-IMAGE_MANAGER_JWT_SECRET takes the place of the secret in the folder.
-
-examples:
-  python image_manager.py serve --host 0.0.0.0 --port 80 --data /srv/firmware
-  IMAGE_MANAGER_MAX_UPLOAD=16M python image_manager.py""",
-    "token": """examples:
-  python image_manager.py token
-  python image_manager.py token --service lab --scope write --expires 12h""",
-    "verify": """exit status: 0 all sound, 1 something is not, 2 it could not look""",
-    "backup": """to go on with the copy: python image_manager.py serve --data DESTINATION
-exit status: 0 all sound, 1 something is not, 2 no copy could be made""",
-}
-
-
 class CommandLine(argparse.ArgumentParser):
-    """A parser whose complaints are one sentence."""
+    """A parser whose complaints are one sentence, and whose options may be fields of Settings."""
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         raise CannotStart(f"{message}: see {self.prog} --help")
 
     def add_setting(self, name: str, flag: str = "") -> None:
         """Add an option for a field of Settings, which reads its text."""
-        field = next(field for field in dataclasses.fields(Settings) if field.name == name)
-        default = DEFAULTS.get(name, field.default)
-        shown = f" (default: {default})" if default not in (None, "", (), False) else ""
         flag = flag or "--" + name.replace("_", "-")
-        kind: dict[str, Any] = {"metavar": flag.rpartition("-")[2].upper()}
-        if field.metadata["parse"] is parse_switch:
-            kind = {"action": "store_true"}
-        elif field.metadata["parse"] is parse_networks:
-            kind["action"] = "append"
-        meaning = field.metadata["meaning"] + shown
-        self.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=meaning, **kind)
+        parse, meaning = FIELDS[name].metadata["parse"], FIELDS[name].metadata["meaning"]
+        default = DEFAULTS.get(name, FIELDS[name].default)
+        meaning += f" (default: {default})" if default else ""
+        action = {parse_switch: "store_true", parse_networks: "append"}.get(parse, "store")
+        # SUPPRESS: not given, it leaves alone what the environment says.
+        self.add_argument(flag, dest=name, action=action, default=argparse.SUPPRESS, help=meaning)
 
 
 def command_line() -> CommandLine:
-    parser = CommandLine(
-        prog="image_manager.py",
-        description="A firmware image store: SQLite, files and curl. Without a command it serves.",
-        epilog="Each command has a page of its own: python image_manager.py serve --help",
-    )
+    about = "A firmware image store: SQLite, files and curl. Without a command it serves."
+    parser = CommandLine(prog="image_manager.py", description=about)
     parser.add_argument("--version", action="version", version=f"image manager {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    options = {}
     for handler in (serve, token, verify, backup):
-        name, about = handler.__name__, handler.__doc__
-        shape = argparse.RawDescriptionHelpFormatter
-        command = commands.add_parser(
-            name, help=about, description=about, epilog=EXAMPLES[name], formatter_class=shape
-        )
-        command.set_defaults(handler=handler)
-        command.add_setting("data")
-        if handler is serve:
-            for field in dataclasses.fields(Settings):
-                if "meaning" in field.metadata and field.name != "data":
-                    command.add_setting(field.name)
-        elif handler is token:
-            add = functools.partial(command.add_argument, metavar="X")
-            add(
-                "--service",
-                type=parse_service,
-                default="admin",
-                help="tenant that the token is for (default: admin)",
-            )
-            add("--scope", type=parse_scope, default=[], help="rights: read,write (default: all)")
-            add("--expires", type=parse_lifetime, default=30 * 86400,
-                help="90s, 15m, 12h, 7d or never (default: 30d)")  # fmt: skip
-            command.add_setting("jwt_audience", "--audience")
-            command.add_setting("jwt_issuer", "--issuer")
-        elif handler is backup:
-            command.add_argument("destination", type=Path, help="folder, new or empty")
+        name, page = handler.__name__, handler.__doc__ or ""
+        options[name] = commands.add_parser(name, help=page.partition("\n")[0], description=page)
+        options[name].set_defaults(handler=handler)
+        options[name].add_setting("data")
+    for name, field in FIELDS.items():
+        if "meaning" in field.metadata and name != "data":
+            options["serve"].add_setting(name)
+    add = options["token"].add_argument
+    add("--service", default="admin", help="tenant that it is for (default: admin)")
+    add("--scope", type=parse_scope, default=[], help="such as read,write (default: all)")
+    add("--expires", type=parse_lifetime, default="30d", help="12h, 7d, never (default: 30d)")
+    options["token"].add_setting("jwt_audience", "--audience")
+    options["token"].add_setting("jwt_issuer", "--issuer")
+    options["backup"].add_argument("destination", type=Path, help="folder, new or empty")
     return parser
-
-
-def environment() -> dict[str, str]:
-    """Return the settings that the environment has, as text."""
-    names = [field.name for field in dataclasses.fields(Settings)]
-    found = {name: os.environ.get("IMAGE_MANAGER_" + name.upper()) for name in names}
-    return {name: text for name, text in found.items() if text}
-
-
-def say(*lines: object) -> None:
-    """Print to standard error, which may be closed, or on a full disk."""
-    with contextlib.suppress(OSError):
-        if sys.stderr and has_room(2):
-            print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -5245,36 +5201,27 @@ def main(arguments: list[str] | None = None) -> int:
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words = ["serve", *words]
     warnings.filterwarnings("ignore", "The HMAC key")  # serve() says it in its own words
-    logging.raiseExceptions = False  # where standard error is full or closed
+    form, stamp = "%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S%z"
+    logging.basicConfig(level="INFO", format=form, datefmt=stamp, handlers=[StandardError()])
+    environment = {name: os.environ.get(f"IMAGE_MANAGER_{name.upper()}") for name in FIELDS}
+    defaults = DEFAULTS | {name: text for name, text in environment.items() if text}
     try:
-        given = vars(command_line().parse_args(words))
-        handler, _ = given.pop("handler"), given.pop("command")
-        names = {field.name for field in dataclasses.fields(Settings)}
-        values: dict[str, Any] = {**DEFAULTS, **environment()}
-        values |= {name: value for name, value in given.items() if name in names}
-        others = {name: value for name, value in given.items() if name not in names}
-        logging.basicConfig(
-            level=logging.INFO,
-            format="%(asctime)s %(message)s",
-            datefmt="%Y-%m-%d %H:%M:%S%z",
-            handlers=[StandardError()],
-        )
-        return int(handler(Settings(**values), **others))
-    except (CannotStart, ServiceError) as error:
+        given = command_line().parse_args(words, argparse.Namespace(**defaults))
+        values = {name: value for name, value in vars(given).items() if name in FIELDS}
+        return int(given.handler(Settings(**values), given))
+    except (CannotStart, ServiceError, OSError) as error:
         cause = f" ({error.__cause__})" if isinstance(error, ServiceError) else ""
         say(f"image manager: {error}{cause}")
         return 2
-    except OSError as error:
-        say(f"image manager: {error.filename or 'the system'}: {error.strerror}")
-        return 2
     except KeyboardInterrupt:
-        return 0 if words[0] == "serve" else 130  # as shells have it for what was interrupted
+        return 130  # as shells have it for what was interrupted
 
 
 if __name__ == "__main__":
     status = main()
     try:
-        sys.stderr.flush()
-    except (OSError, AttributeError):  # full or closed: Python would end with status 120
-        os._exit(status)
+        if sys.stderr:
+            sys.stderr.flush()
+    except OSError:  # Python would try again, and end with status 120
+        sys.stderr = None
     sys.exit(status)
