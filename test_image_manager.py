@@ -5961,11 +5961,11 @@ def test_page_deletes_after_it_has_asked(bench):
     assert client.get(f"/image/{image_id}").json["confirmed"]
     page.click("Delete binary")
     page.click("Delete")
-    page.sees("Not confirmed", "The binary of sensor 1.0.0 is deleted.")
+    page.sees("Not confirmed", "Deleted: the binary of sensor 1.0.0.")
     page.click("Delete image")
     page.sees("Delete sensor 1.0.0 and its binary?")
     page.click("Delete")
-    page.sees("No image is stored yet.", "sensor 1.0.0 is deleted.")
+    page.sees("No image is stored yet.", "Deleted: sensor 1.0.0 and its binary.")
     client.get(f"/image/{image_id}", status=404)
 
 
