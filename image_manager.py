@@ -4197,14 +4197,10 @@ def back_up_store(folder: Path, destination: Path) -> tuple[int, list[str]]:
 PAGE_STYLE = r"""
 :root {
   color-scheme: light dark;
-  --back: #fff; --panel: #f4f6f8; --line: #d3dae0; --text: #1b2329; --quiet: #59656f;
-  --accent: #0b6e75; --bad: #b3261e;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --back: #14191d; --panel: #1d2429; --line: #364149; --text: #e4e9ed; --quiet: #a2aeb8;
-    --accent: #5cc8cf; --bad: #ff8a80;
-  }
+  --back: light-dark(#fff, #14191d); --panel: light-dark(#f4f6f8, #1d2429);
+  --text: light-dark(#1b2329, #e4e9ed); --quiet: light-dark(#59656f, #a2aeb8);
+  --accent: light-dark(#0b6e75, #5cc8cf); --bad: light-dark(#b3261e, #ff8a80);
+  --line: light-dark(#d3dae0, #364149);
 }
 * { box-sizing: border-box; margin: 0; accent-color: var(--accent); }
 body { margin: 0 auto; padding: 0 1rem 3rem; max-width: 68rem; background: var(--back);
@@ -4330,28 +4326,32 @@ const exactSize = bytes => bytes < 1024 ? size(bytes) : `${size(bytes)} (${bytes
 
 // The API.
 
-// Returns the answer: JSON as what it says, anything else as its bytes.
-async function ask(method, path, {token = state.token, body, headers} = {}) {
-  const type = body ? {"Content-Type": "application/json"} : {};
-  const response = await fetch(BASE + path, {
-    method, headers: {Authorization: "Bearer " + token, ...type, ...headers},
-    body: body && JSON.stringify(body),
-  }).catch(() => {
-    throw new Error("The connection is broken: is the service running?");
+// Returns the answer: JSON as what it says, anything else as its bytes. By XMLHttpRequest, as
+// fetch() does not tell how much of a file is sent.
+function ask(method, path, {token = state.token, json, file, range, signal, onprogress} = {}) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    signal?.throwIfAborted();
+    signal?.addEventListener("abort", () => request.abort());
+    request.open(method, BASE + path);
+    request.responseType = "arraybuffer";
+    request.setRequestHeader("Authorization", "Bearer " + token);
+    if (json) request.setRequestHeader("Content-Type", "application/json");
+    if (range) request.setRequestHeader("Range", range);
+    request.upload.onprogress = request.upload.onload = onprogress;
+    request.onabort = () => reject(signal?.reason);
+    request.onerror = () => reject(new Error("The connection is broken: is the service running?"));
+    request.onload = () => {
+      const {status, response} = request;
+      const isJson = request.getResponseHeader("Content-Type") === "application/json";
+      const answer = isJson ? JSON.parse(new TextDecoder().decode(response)) : response;
+      if (status < 300) return resolve(answer);
+      if (status === 401 && token === state.token) state.refused = token;
+      const {message = `The server answered ${status}`, errors = {}} = answer;
+      reject(new Error([message, ...Object.entries(errors).flat(2)].join(": ")));
+    };
+    request.send(json ? JSON.stringify(json) : file);
   });
-  if (response.status === 401) state.refused = token;
-  if (!response.ok) throw new Error(sentence(await response.text(), response.status));
-  const isJson = response.headers.get("Content-Type") === "application/json";
-  return isJson ? response.json() : response.arrayBuffer();
-}
-
-function sentence(text, status) {
-  try {
-    const {message, errors = {}} = JSON.parse(text);
-    return [message, ...Object.entries(errors).flat(2)].join(": ");
-  } catch {
-    return `The server answered ${status}`;
-  }
 }
 
 let wanted = {};  // of each kind of answer, the one asked for last
@@ -4383,9 +4383,8 @@ function readToken() {  // who it is for and what it may do; the server alone ch
 const isIn = () => state.token !== "" && state.token !== state.refused;
 const may = right => isIn() && readToken().rights.includes(right);
 
-function useToken(event) {
-  const pasted = event.target.elements.token.value.replace(/^\s*Bearer\s/i, "");
-  const token = pasted.replace(/[^!-~]/g, "");  // without blanks, and what cannot be seen
+function useToken(event) {  // without what cannot be seen, pasted with it
+  const token = event.target.elements.token.value.replace(/^\s*Bearer\s|[^!-~]/gi, "");
   sessionStorage.setItem("token", token);
   Object.assign(state, {token, refused: "", images: null});
   go();
@@ -4402,11 +4401,6 @@ function forgetToken() {
 
 // The id of the image that the address names.
 const place = () => location.hash.slice(1).replace(/[^\w-]/g, "");
-
-function visit(id, news) {
-  if (id !== place()) history.pushState(null, "", "#" + id);
-  go(news);
-}
 
 async function go(news = "") {  // until the answer comes, what is shown stays
   const id = place();
@@ -4438,11 +4432,15 @@ function names() {  // as the file's name suggests, where a person has typed not
   return {label: label.slice(0, 128), fw_version: version.slice(0, 128), ...state.typed};
 }
 
-// It keeps all that it needs, as the person may go on, or forget the token, while it is under way.
+// It keeps what it began with: meanwhile one may go on, or forget the token.
 async function upload(query = "") {
   if (!state.file || state.upload) return;
-  const {file, image, token} = state, body = names(), stopper = new AbortController();
-  const sending = {file, token, sent: 0, stopper};
+  const {file, image, token} = state, json = names(), stopper = new AbortController();
+  const sending = {file, sent: 0, stopper};
+  const onprogress = event => {
+    sending.sent = event.loaded;
+    showProgress();
+  };
   let id = image?.id;
   Object.assign(state, {upload: sending, failed: null, news: ""});
   render();
@@ -4450,8 +4448,9 @@ async function upload(query = "") {
     await file.slice(0, 1).arrayBuffer().catch(() => {
       throw new Error("The file has changed since it was chosen: choose it again");
     });
-    id ??= (await ask("POST", "/image", {token, body})).id;
-    await send(sending, `/image/${id}/binary${query}`);
+    id ??= (await ask("POST", "/image", {token, json})).id;
+    await ask("PUT", `/image/${id}/binary${query}`,
+      {token, file, signal: stopper.signal, onprogress});
   } catch (error) {
     const [, line] = /\bline (\d+)/.exec(error.message) || [];
     if (line) error.line = await lineOf(file, Number(line));
@@ -4462,35 +4461,14 @@ async function upload(query = "") {
     Object.assign(state, {upload: null, failed: error});
     return render();
   }
-  const news = `${title(image || body)} is stored.`;
+  const news = `${title(image || json)} is stored.`;
   Object.assign(state, {upload: null, file: null, typed: {}, news});
-  if (["", id].includes(place())) visit(id, news);
+  if (!place()) history.pushState(null, "", "#" + id);
+  if (place() === id) go(news);
   else render();  // one looks at another image by now
 }
 
 const cancel = () => state.upload.stopper.abort(new Error("The upload was cancelled"));
-
-function send(sending, to) {  // fetch() does not tell how much is sent
-  const {file, token, stopper: {signal}} = sending;
-  signal.throwIfAborted();
-  return new Promise((resolve, reject) => {
-    const request = new XMLHttpRequest();
-    request.open("PUT", BASE + to);
-    request.setRequestHeader("Authorization", "Bearer " + token);
-    request.upload.onprogress = request.upload.onload = event => {
-      sending.sent = event.loaded;
-      showProgress();
-    };
-    request.onload = () => request.status < 300 ? resolve()
-      : reject(new Error(sentence(request.responseText, request.status)));
-    request.onerror = () => reject(new Error("The connection broke while the file was sent"));
-    signal.onabort = () => {
-      request.abort();
-      reject(signal.reason);
-    };
-    request.send(file);
-  });
-}
 
 async function lineOf(file, number) {
   let text = "", line = 1, before = 0;
@@ -4589,7 +4567,7 @@ async function readDump(image, from) {
     const [begin] = run, end = run.at(-1) + 16;
     const bytes = new Uint8Array(await (image.hex
       ? ask("GET", `/image/${image.id}/binary?format=bin&start=${begin}&end=${end}`)
-      : ask("GET", `/image/${image.id}/binary`, {headers: {Range: `bytes=${begin}-${end - 1}`}})));
+      : ask("GET", `/image/${image.id}/binary`, {range: `bytes=${begin}-${end - 1}`})));
     const rows = run.map(line => dumpLine(line, [...Array(16).keys()].map(column =>
       isData(line + column) ? bytes[line + column - begin] : null)));
     const gap = number && begin - runs[number - 1].at(-1) - 16;
@@ -4608,7 +4586,7 @@ function dumpLine(line, bytes) {
 // Links and copies.
 
 const makeLink = (image, seconds) =>
-  ask("POST", `/image/${image.id}/binary/link`, {body: {expires_in: seconds}});
+  ask("POST", `/image/${image.id}/binary/link`, {json: {expires_in: seconds}});
 
 function download(image, window) {  // by a link, as a browser sends no token
   attempt("download", async () => {
@@ -4650,8 +4628,9 @@ function render() {
 function whoView() {
   const said = RIGHTS.filter(right => !may(right)).map(right => `This token may not ${right}`);
   const {tenant} = readToken();
-  return [tenant && `Tenant ${plain(tenant)}`, ...said].filter(Boolean)
-    .map(text => element("span", {class: "quiet"}, text)).concat(button("Forget token", forgetToken));
+  if (tenant) said.unshift(`Tenant ${plain(tenant)}`);
+  return [said.map(text => element("span", {class: "quiet"}, text)),
+    button("Forget token", forgetToken)];
 }
 
 function alertView(error) {
@@ -4867,7 +4846,7 @@ addEventListener("drop", event => {
   if (!file) return;  // text, for a field
   event.preventDefault();  // or the browser would show it
   if (!may("write") || state.upload) return;
-  if (place() && state.image?.confirmed !== false) visit("");
+  if (place() && state.image?.confirmed !== false) location.hash = "";
   choose(file);
 });
 go();
