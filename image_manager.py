@@ -4240,10 +4240,7 @@ table { border-collapse: collapse; width: 100%; }
 th, td { padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; }
 :is(th, td):nth-child(3) { text-align: right; padding-right: 1.25rem; }  /* sizes, in both tables */
-td code { white-space: nowrap; }
-#list table { table-layout: fixed; }
-#list :is(th:nth-child(3), th:nth-child(4)) { width: 6.5rem; }
-#list th:nth-child(5) { width: 15rem; }
+#list td:nth-child(n + 3), td code { white-space: nowrap; }
 #list tbody tr:hover { background: var(--panel); }
 #map { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 svg { max-width: 100%; height: auto; fill: var(--text); }
@@ -4255,8 +4252,6 @@ dialog { margin: auto; max-width: min(30rem, 92vw); }
 dialog::backdrop { background: rgb(0 0 0 / 55%); }
 @media (max-width: 48rem) {
   #list :nth-child(5) { display: none; }
-  #list :is(th:nth-child(3), th:nth-child(4)) { width: 5.2rem; }
-  #list td { padding-right: .5rem; }
 }
 """
 
@@ -4368,7 +4363,7 @@ async function attempt(kind, action, reset = {}) {
   return !state.alert;
 }
 
-// The token.
+// The token, and going from one place to another.
 
 function readToken() {  // who it is for and what it may do; the server alone checks it
   let claims = null;
@@ -4396,8 +4391,6 @@ function forgetToken() {
   Object.assign(state, {token: "", images: null, image: null, filter: "", file: null, typed: {}});
   go();
 }
-
-// Going from one place to another.
 
 // The id of the image that the address names.
 const place = () => location.hash.slice(1).replace(/[^\w-]/g, "");
@@ -4436,13 +4429,8 @@ function names() {  // as the file's name suggests, where a person has typed not
 async function upload(query = "") {
   if (!state.file || state.upload) return;
   const {file, image, token} = state, json = names(), stopper = new AbortController();
-  const sending = {file, sent: 0, stopper};
-  const onprogress = event => {
-    sending.sent = event.loaded;
-    showProgress();
-  };
   let id = image?.id;
-  Object.assign(state, {upload: sending, failed: null, news: ""});
+  Object.assign(state, {upload: {file, sent: 0, stopper}, failed: null, news: ""});
   render();
   try {
     await file.slice(0, 1).arrayBuffer().catch(() => {
@@ -4450,7 +4438,7 @@ async function upload(query = "") {
     });
     id ??= (await ask("POST", "/image", {token, json})).id;
     await ask("PUT", `/image/${id}/binary${query}`,
-      {token, file, signal: stopper.signal, onprogress});
+      {token, file, signal: stopper.signal, onprogress: event => showProgress(event.loaded)});
   } catch (error) {
     const [, line] = /\bline (\d+)/.exec(error.message) || [];
     if (line) error.line = await lineOf(file, Number(line));
@@ -4508,39 +4496,35 @@ const total = pieces => pieces.reduce((sum, {at, end}) => sum + end - at, 0);
 function drawMap(image) {
   const parts = segments(image), entry = image.hex.start_address, shapes = [];
   const begin = parts[0].at, {end} = parts.at(-1), data = total(parts);
-  const pieces = parts.flatMap((part, number) =>
-    number ? [{at: parts[number - 1].end, end: part.at, gap: true}, part] : [part]);
-  const isLong = piece => piece.gap && piece.end - piece.at > data / 4;  // and is cut short
-  const long = pieces.filter(isLong), cut = Math.min(40, 480 / long.length);
-  const scale = 240 / (end - begin - total(long));
+  const pieces = parts.flatMap((part, number) => {
+    const before = number ? parts[number - 1].end : begin;
+    const kind = part.at - before > data / 4 ? "cut" : "gap";  // a long one is cut short
+    return [{kind, at: before, end: part.at}, {kind: "data", ...part}];
+  });
+  const cuts = pieces.filter(({kind}) => kind === "cut");
+  const scale = 240 / (end - begin - total(cuts));
   const mark = Math.min(Math.max(Number(entry), begin), end);
-  let y = 14, inked = 0, labelled = -20, marked = y;
-  const bar = (kind, top, height) =>
-    shapes.push(element("rect", {class: kind, x: 12, y: top, width: 76, height}));
-  const label = (text, at, kind) => {
+  let y = 14, drawn = 0, labelled = -20, marked = y;
+  const label = (text, at, kind = "") => {
     if (at < labelled + 16) return;  // it would lie on the one above
-    shapes.push(element("text", {x: 104, y: at + 4, class: kind}, text));
+    shapes.push(element("text", {class: kind, x: 104, y: at + 4}, text));
     labelled = at;
   };
-  for (const piece of pieces) {
-    const length = piece.end - piece.at, height = isLong(piece) ? cut : length * scale;
-    if (isLong(piece)) {
-      bar("cut", y + 1, height - 2);
-      label(`gap of ${size(length)}`, y + height / 2, "gap");
-    } else if (!piece.gap) {
+  for (const {kind, at, end} of pieces) {
+    const height = kind === "cut" ? Math.min(40, 480 / cuts.length) : (end - at) * scale;
+    if (kind !== "gap" && y + height - drawn > 0.5) {  // of thousands, one shape to a pixel
       const seen = Math.max(height, 2);
-      if (y + height - inked > 0.5) {  // thousands of small ones make one shape to a pixel
-        bar("data", y, seen);
-        inked = y + seen;
-      }
-      label(address(piece.at), y, "");
+      shapes.push(element("rect", {class: kind, x: 12, y, width: 76, height: seen}));
+      drawn = y + seen;
     }
-    if (mark >= piece.at && mark <= piece.end) marked = y + height * (mark - piece.at) / length;
+    if (kind === "data") label(address(at), y);
+    if (kind === "cut") label(`gap of ${size(end - at)}`, y + height / 2, "gap");
+    if (mark > at && mark <= end) marked = y + height * (mark - at) / (end - at);
     y += height;
   }
   label(`${address(end)} end`, Math.max(y, labelled + 16), "gap");
-  if (entry) shapes.push(element("path", {class: "entry", d: `M0 ${marked - 6}l12 6l-12 6z`}),
-    element("text", {x: 232, y: marked + 4}, "entry point"));
+  if (entry) shapes.push(element("text", {x: 232, y: marked + 4}, "entry point"),
+    element("path", {class: "entry", d: `M0 ${marked - 6}l12 6l-12 6z`}));
   const said = `Memory map: ${counted(parts.length, "segment")} with ${exactSize(data)} `
     + `from ${address(begin)} to ${address(end)}` + (entry ? `, entry point ${entry}` : "");
   const bottom = labelled + 14;
@@ -4583,27 +4567,6 @@ function dumpLine(line, bytes) {
   return `${hex(line, 8)}  ${digits}  ${text}`;
 }
 
-// Links and copies.
-
-const makeLink = (image, seconds) =>
-  ask("POST", `/image/${image.id}/binary/link`, {json: {expires_in: seconds}});
-
-function download(image, window) {  // by a link, as a browser sends no token
-  attempt("download", async () => {
-    const {search} = new URL((await makeLink(image, 3600)).url);
-    const to = BASE + `/image/${image.id}/binary` + search + window;
-    element("a", {href: to, download: ""}).click();
-  });
-}
-
-function copy({target: pressed}) {  // over plain http there is no navigator.clipboard
-  const shown = pressed.parentElement.querySelector("input");
-  shown.focus();
-  shown.select();
-  if (document.execCommand("copy")) pressed.textContent = "Copied";
-  setTimeout(() => { pressed.textContent = "Copy"; }, 2000);
-}
-
 // Showing the state.
 
 function render() {
@@ -4615,7 +4578,7 @@ function render() {
     sendingView(), isIn() ? placeView() : tokenView());
   document.getElementById("news").textContent = state.news;
   document.title = (state.image ? title(state.image) + " - " : "") + "Image Manager";
-  if (state.upload) showProgress();
+  if (state.upload) showProgress(state.upload.sent);
   // What had the focus has it again, as another element, and stays where it is on the screen.
   const again = [...document.querySelectorAll("a, button, input, select, pre, h2")]
     .find(one => key(one) === focused);
@@ -4680,8 +4643,9 @@ function sendingView() {
     element("span", {id: "sent", role: "status"}), button("Cancel", cancel, {id: "cancel"}));
 }
 
-function showProgress() {
-  const {sent, file} = state.upload, all = sent >= file.size;
+function showProgress(sent) {
+  const {file} = state.upload, all = sent >= file.size;
+  state.upload.sent = sent;
   document.getElementById("progress").value = all ? 1 : sent / file.size;
   document.getElementById("sent").textContent =
     all ? "All is sent: the server checks it" : `${Math.floor(100 * sent / file.size)} %`;
@@ -4693,24 +4657,20 @@ function listView() {
   const rows = element("tbody", {onclick: ({target}) => {  // anywhere in a row
     if (target.tagName !== "A") target.closest("tr").querySelector("a").click();
   }});
+  const filter = field("Filter", {type: "search", value: state.filter, oninput: () => show(ROWS)});
+  const more = button("Show more", () => show(state.shown + ROWS));
   const show = shown => {  // this alone changes while one types
+    Object.assign(state, {filter: filter.lastChild.value, shown});
     const sought = state.filter.trim().toLowerCase();
     const found = images.filter(({label, fw_version, id}) =>
       `${label}\n${fw_version}\n${id}`.toLowerCase().includes(sought));
-    state.shown = shown;
     fill(rows, found.slice(0, shown).map(listRow));
     count.textContent = images.length ? `${found.length} of ${images.length} images`
       : "No image is stored yet.";
     more.hidden = found.length <= shown;
   };
-  const more = button("Show more", () => show(state.shown + ROWS));
-  const filter = event => {
-    state.filter = event.target.value;
-    show(ROWS);
-  };
   show(state.shown);
-  return element("section", {id: "list"},
-    field("Filter", {type: "search", value: state.filter, oninput: filter}), count,
+  return element("section", {id: "list"}, filter, count,
     images.length > 0 && table(["Label", "Version", "Size", "Checked", "Created"], rows), more);
 }
 
@@ -4746,10 +4706,21 @@ function imageView(image) {
     warned && panel("Warnings",
       element("ul", {}, warnings.map(text => element("li", {}, text)))),
     layout?.segments.length > 0 && panel("Memory map",
-      element("div", {id: "map"}, drawMap(image), segmentTable(layout.segments))),
+      element("div", {id: "map"}, drawMap(image), segmentTable(segments(image)))),
     state.dump && dumpView(image),
     may("delete") && deletionView(image),
   ];
+}
+
+const makeLink = (image, seconds) =>
+  ask("POST", `/image/${image.id}/binary/link`, {json: {expires_in: seconds}});
+
+function download(image, window) {  // by a link, as a browser sends no token
+  attempt("download", async () => {
+    const {search} = new URL((await makeLink(image, 3600)).url);
+    const to = BASE + `/image/${image.id}/binary` + search + window;
+    element("a", {href: to, download: ""}).click();
+  });
 }
 
 function downloadView(image) {
@@ -4786,10 +4757,18 @@ function linkView({label, fw_version}, {url, expires}) {
       field(title, {value: text, readonly: true, class: "mono"}), button("Copy", copy))));
 }
 
-function segmentTable(found) {
-  const shown = found.slice(0, SEGMENTS), more = found.length - shown.length;
-  const rows = shown.map(part => row(element("code", {}, part.address),
-    element("code", {}, address(Number(part.address) + part.size - 1)), exactSize(part.size)));
+function copy({target: pressed}) {  // over plain http there is no navigator.clipboard
+  const shown = pressed.parentElement.querySelector("input");
+  shown.focus();
+  shown.select();
+  if (document.execCommand("copy")) pressed.textContent = "Copied";
+  setTimeout(() => { pressed.textContent = "Copy"; }, 2000);
+}
+
+function segmentTable(parts) {
+  const rows = parts.slice(0, SEGMENTS).map(({at, end}) => row(element("code", {}, address(at)),
+    element("code", {}, address(end - 1)), exactSize(end - at)));
+  const more = parts.length - rows.length;
   return element("div", {}, table(["From", "To", "Size"], element("tbody", {}, rows)),
     more > 0 && element("p", {class: "quiet"}, `and ${more} more segments`));
 }
