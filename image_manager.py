@@ -4209,13 +4209,13 @@ header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; p
   border-bottom: 1px solid var(--line); }
 h1, .panel h2 { font-size: 1.1rem; }
 main > *, #content > * + * { margin-top: 1rem; }
+#title + p { margin-top: .25rem; }
 .panel > * + *, #list > * + *, #links > *, [role=alert] > *, dialog .row { margin-top: .75rem; }
 .panel, [role=alert], dialog { border: 1px solid var(--line); border-radius: .5rem; padding: 1rem;
   background: var(--panel); color: var(--text); }
 [role=alert] { position: sticky; top: .5rem; border-left: 4px solid var(--bad); }
 .row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
-#who, #sending { align-items: center; }
-#who { margin-left: auto; }
+#who, #sending { align-items: center; margin-left: auto; }
 .grow { flex: 1 1 9rem; min-width: 0; }
 a, strong { color: var(--accent); }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
@@ -4225,22 +4225,22 @@ input, select, button { font: inherit; color: var(--text); background: var(--bac
   border: 1px solid var(--quiet); border-radius: .35rem; padding: .4rem .7rem; min-height: 2.6rem; }
 label input, label select { display: block; width: 100%; margin-top: .15rem; }
 input[type=file] { color: transparent; }  /* the name is shown below, that of a dropped file too */
-::file-selector-button { font: inherit; }
+::file-selector-button { font: inherit; color: var(--text); background: var(--panel);
+  border: 1px solid var(--line); border-radius: .25rem; }
 button, #list tbody tr { cursor: pointer; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--back); }
 button:disabled { opacity: .55; cursor: default; }
-.bad { color: var(--bad); }
-button.bad { border-color: var(--bad); }
+.bad { color: var(--bad); border-color: var(--bad); }
 .quiet, dt { color: var(--quiet); }
 code, pre, .mono { font: .875rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
 pre { font-size: min(.875rem, 2.8vw); overflow-x: auto; }
 [role=alert] pre { white-space: pre-wrap; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .25rem 1.25rem; }
 table { border-collapse: collapse; width: 100%; }
-th, td { padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; }
-:is(th, td):nth-child(3) { text-align: right; padding-right: 1.25rem; }  /* sizes, in both tables */
-#list td:nth-child(n + 3), td code { white-space: nowrap; }
+th, td { padding: .4rem min(1rem, 2vw) .4rem 0; border-bottom: 1px solid var(--line);
+  text-align: left; vertical-align: top; }
+:is(th, td):nth-child(3) { text-align: right; }  /* sizes, in both tables */
+th, td code, #list td:nth-child(n + 3) { white-space: nowrap; }
 #list tbody tr:hover { background: var(--panel); }
 #map { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 svg { max-width: 100%; height: auto; fill: var(--text); }
@@ -4251,7 +4251,7 @@ svg .cut { fill: none; stroke: var(--quiet); stroke-dasharray: 3 3; }
 dialog { margin: auto; max-width: min(30rem, 92vw); }
 dialog::backdrop { background: rgb(0 0 0 / 55%); }
 @media (max-width: 48rem) {
-  #list :nth-child(5) { display: none; }
+  #list :is(th, td):nth-child(5) { display: none; }
 }
 """
 
@@ -4287,9 +4287,9 @@ function fill(parent, ...children) {  // what is null, false or "" is left out
 
 const button = (text, action, attributes = {}) =>
   element("button", {type: "button", onclick: action, ...attributes}, text);
+const idOf = name => name.toLowerCase().replace(" ", "");
 const field = (name, attributes) => element("label", {class: "grow"}, name,
   element("input", {id: idOf(name), autocomplete: "off", spellcheck: "false", ...attributes}));
-const idOf = name => name.toLowerCase().replace(" ", "");
 const panel = (title, ...children) =>
   element("section", {class: "panel"}, title && element("h2", {}, title), children);
 const row = (...cells) => element("tr", {}, cells.map(cell => element("td", {}, cell)));
@@ -4515,7 +4515,7 @@ function drawMap(image) {
     if (kind !== "gap" && y + height - drawn > 0.5) {  // of thousands, one shape to a pixel
       const seen = Math.max(height, 2);
       shapes.push(element("rect", {class: kind, x: 12, y, width: 76, height: seen}));
-      drawn = y + seen;
+      if (kind === "data") drawn = y + seen;
     }
     if (kind === "data") label(address(at), y);
     if (kind === "cut") label(`gap of ${size(end - at)}`, y + height / 2, "gap");
@@ -4637,10 +4637,10 @@ function uploadView() {
 }
 
 function sendingView() {
-  return state.upload && element("div", {id: "sending", class: "panel row"},
-    element("span", {}, plain(state.upload.file.name)),
-    element("progress", {id: "progress", class: "grow", "aria-label": "Upload"}),
-    element("span", {id: "sent", role: "status"}), button("Cancel", cancel, {id: "cancel"}));
+  return state.upload && panel(`Uploading ${plain(state.upload.file.name)}`,
+    element("div", {id: "sending", class: "row"},
+      element("progress", {id: "progress", class: "grow", "aria-label": "Upload"}),
+      element("span", {id: "sent", role: "status"}), button("Cancel", cancel, {id: "cancel"})));
 }
 
 function showProgress(sent) {
@@ -4730,8 +4730,8 @@ function downloadView(image) {
   const files = bins.map(group => {
     const begin = group[0].at, {end} = group.at(-1);
     const window = `&format=bin&start=${begin}&end=${end}`;
-    return [" ", button("bin", () => download(image, window)),
-      bins.length > 1 && ` from ${address(begin)} to ${address(end - 1)}`];
+    return element("span", {}, button("bin", () => download(image, window)),
+      bins.length > 1 && ` from ${address(begin)} to ${address(end - 1)}`);
   });
   const times = [["1 hour", 3600], ["1 day", 86400], ["7 days", 604800], ["30 days", 2592000]];
   const keep = event => { state.lasting = Number(event.target.value); };
@@ -4741,7 +4741,8 @@ function downloadView(image) {
     if (await attempt("link", async () => ({link: await makeLink(image, state.lasting)})))
       document.querySelector("#links button").focus();
   };
-  return panel("Download", element("p", {}, button("hex", () => download(image, "")), files),
+  return panel("Download",
+    element("div", {class: "row"}, button("hex", () => download(image, "")), files),
     element("div", {class: "row"}, element("label", {}, "Valid for", lasting),
       button("Make a link", make)),
     state.link && linkView(image, state.link));

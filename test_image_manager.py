@@ -5709,10 +5709,11 @@ def test_page_stores_unchecked_what_is_refused_where_that_is_wished(bench, tmp_p
     page = tab()
     page.choose(write(tmp_path / "a-1.0.0.hex", b":00000001"))
     page.click("Upload")
-    page.click("Store it unchecked")
+    page.wait("button('Store it unchecked')")
+    page.js("[button('Store it unchecked')].map(one => [one.click(), one.click()])")
     page.sees("Not checked: stored as it is", "00000000  3A 30 30 30 30 30 30 30 31 ..")
     page.js("location.hash = ''")
-    page.sees("unchecked")
+    page.sees("unchecked", "1 of 1 images")
 
 
 def test_page_shows_nothing_where_it_does_not_belong(bench, monkeypatch):
@@ -5886,6 +5887,10 @@ def test_page_cuts_each_long_gap_and_marks_an_entry_point_without_data(bench):
         "[...document.querySelectorAll('svg .data')].map(one => Number(one.getAttribute('height')))"
     )
     assert page.js(heights) == [20] * 12
+    rows = [record(0, 200 * n, bytes(200)) for n in range(5)]
+    content = "".join([*rows, record(4, 0, b"\x10\0"), record(0, 0, b"x"), END]).encode()
+    page.open(client_of(server.application).stored(content))
+    page.wait("document.querySelectorAll('svg .data').length === 2")  # however small
 
 
 def test_page_downloads_from_its_own_origin_though_links_name_another(browser, tmp_path):
@@ -6057,7 +6062,10 @@ def test_page_works_at_both_addresses(browser, tmp_path, prefix):
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_page_fits_a_phone_and_has_no_fault_that_axe_knows(bench, tmp_path, mode):
     server, tab = bench
-    image_id = client_of(server.application).stored(layout_of_gaps())
+    client = client_of(server.application)
+    for number in range(5):
+        client.stored(label=f"label {number}")
+    image_id = client.stored(layout_of_gaps())
     page = tab(width=390)
     page.ask(
         "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": mode}]
@@ -6072,7 +6080,8 @@ def test_page_fits_a_phone_and_has_no_fault_that_axe_knows(bench, tmp_path, mode
                             " + ': ' + one.nodes.map(node => node.html).join(' ')))")  # fmt: skip
             assert found == []
 
-    page.sees("sensor")
+    page.sees("sensor", "6 of 6 images")
+    assert page.js("[...document.querySelectorAll('tr')].every(row => row.offsetHeight)")
     background = page.js("getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 25, 29)"}[mode]
     fits()
