@@ -4264,7 +4264,7 @@ const state = {
   token: sessionStorage.getItem("token") || "", refused: "",  // by the server
   images: null, filter: "", shown: ROWS,
   image: null, link: null, lasting: 3600, dump: null, goTo: "",
-  file: null, typed: {}, upload: null, failed: null,  // `failed`: why the last upload did
+  file: null, typed: {}, upload: null, failed: null,  // why the last upload did
   alert: null, news: "",
 };
 
@@ -4294,16 +4294,12 @@ const panel = (title, ...children) =>
   element("section", {class: "panel"}, title && element("h2", {}, title), children);
 const row = (...cells) => element("tr", {}, cells.map(cell => element("td", {}, cell)));
 
-function table(heads, rows) {
-  const cells = heads.map(name => element("th", {scope: "col"}, name));
-  return element("table", {}, element("thead", {}, element("tr", {}, cells)), rows);
-}
+const table = (heads, rows) => element("table", {}, element("thead", {}, element("tr", {},
+  heads.map(name => element("th", {scope: "col"}, name)))), rows);
 
-function plain(text) {  // what would turn round the text beside it is named
-  return text.replace(/[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, character =>
-    "[U+" + hex(character.codePointAt(0), 4) + "]");
-}
-
+// What would turn round the text beside it is named.
+const plain = text => text.replace(/[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g,
+  character => `[U+${hex(character.codePointAt(0), 4)}]`);
 const hex = (number, digits) => number.toString(16).toUpperCase().padStart(digits, "0");
 const address = number => "0x" + hex(number, 8);
 const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
@@ -4592,8 +4588,8 @@ function whoView() {
   const said = RIGHTS.filter(right => !may(right)).map(right => `This token may not ${right}`);
   const {tenant} = readToken();
   if (tenant) said.unshift(`Tenant ${plain(tenant)}`);
-  return [said.map(text => element("span", {class: "quiet"}, text)),
-    button("Forget token", forgetToken)];
+  return [element("a", {href: "#"}, "All images"),
+    said.map(text => element("span", {class: "quiet"}, text)), button("Forget token", forgetToken)];
 }
 
 function alertView(error) {
@@ -4615,11 +4611,9 @@ function tokenView() {
 
 function placeView() {
   if (state.image) return imageView(state.image);
-  if (place() && may("read")) return [backLink()];
+  if (place() && may("read")) return null;  // there is no such image
   return [may("write") && uploadView(), state.images && listView()];
 }
-
-const backLink = () => element("p", {}, element("a", {href: "#"}, "All images"));
 
 function uploadView() {
   const {file, image} = state, suggested = names();
@@ -4697,7 +4691,6 @@ function imageView(image) {
     ["Entry point", layout && layout.start_address],
   ].filter(([, value]) => value);
   return [
-    backLink(),
     element("h2", {id: "title", tabindex: -1}, title(image)),
     element("p", {}, element("strong", {class: confirmed && !checked && "bad"}, verdict)),
     panel("", element("dl", {}, members.flatMap(([name, value]) =>
@@ -4726,7 +4719,7 @@ function download(image, window) {  // by a link, as a browser sends no token
 function downloadView(image) {
   // What is further apart than the 256 MiB that the server gives at once makes several files.
   const bins = image.hex && hasBytes(image) ? groups(segments(image), (group, part) =>
-    part.end - group[0].at <= 256 * MIB).slice(0, 20) : [];
+    part.end - group[0].at <= 256 * MIB) : [];
   const files = bins.map(group => {
     const begin = group[0].at, {end} = group.at(-1);
     const window = `&format=bin&start=${begin}&end=${end}`;
@@ -4779,8 +4772,7 @@ function dumpView(image) {
   const show = from => attempt("dump", () => readDump(image, from));
   const jump = event => {
     state.goTo = event.target.elements.goto.value.trim();
-    const copied = /^(?=.*[a-f])[0-9a-f]{8}$/i.test(state.goTo);  // from the hex dump
-    show(Number(copied ? "0x" + state.goTo : state.goTo));
+    show(Number(state.goTo));
   };
   return panel("Contents",
     element("form", {class: "row", onsubmit: jump},
