@@ -4148,608 +4148,407 @@ def back_up_store(folder: Path, destination: Path) -> tuple[int, list[str]]:
 PAGE_STYLE = r"""
 :root {
   color-scheme: light dark;
-  --back: #fff; --panel: #f4f6f8; --text: #1b2329; --quiet: #59656f; --line: #d3dae0;
-  --accent: #0b6e75; --on-accent: #fff; --bad: #b3261e; --mark: #8a5a00;
+  --back: light-dark(#fff, #14191d); --panel: light-dark(#f4f6f8, #1d2429);
+  --text: light-dark(#1b2329, #e4e9ed); --quiet: light-dark(#59656f, #a2aeb8);
+  --accent: light-dark(#0b6e75, #5cc8cf); --bad: light-dark(#b3261e, #ff8a80);
+  --line: light-dark(#d3dae0, #364149);
 }
-@media (prefers-color-scheme: dark) {
-  :root {
-    --back: #14191d; --panel: #1d2429; --text: #e4e9ed; --quiet: #a2aeb8; --line: #364149;
-    --accent: #5cc8cf; --on-accent: #10292b; --bad: #ff8a80; --mark: #e8b45a;
-  }
-}
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
+* { box-sizing: border-box; margin: 0; accent-color: var(--accent); }
 body { margin: 0 auto; padding: 0 1rem 3rem; max-width: 68rem; background: var(--back);
   color: var(--text); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; padding: 1rem 0;
-  border-bottom: 1px solid var(--line); margin-bottom: 1.25rem; }
-header h1 { font-size: 1.1rem; margin: 0 auto 0 0; }
-h2 { font-size: 1.4rem; margin: 1rem 0 .5rem; }
-.panel h2, .panel h3 { font-size: 1rem; margin: 0 0 .75rem; }
-a { color: var(--accent); }
+  border-bottom: 1px solid var(--line); }
+h1, .panel h2 { font-size: 1.1rem; }
+main > *, #content > * + * { margin-top: 1rem; }
+#title + p { margin-top: .25rem; }
+.panel > * + *, #list > * + *, #links > *, [role=alert] > *, dialog .row { margin-top: .75rem; }
+.panel, [role=alert], dialog { border: 1px solid var(--line); border-radius: .5rem; padding: 1rem;
+  background: var(--panel); color: var(--text); }
+[role=alert] { position: sticky; top: .5rem; border-left: 4px solid var(--bad); }
+.row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
+#who, #sending { align-items: center; margin-left: auto; }
+.grow { flex: 1 1 9rem; min-width: 0; }
+a, strong { color: var(--accent); }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 h2:focus-visible { outline: none; }  /* where the reading begins, and nothing to press */
-.panel { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem;
-  padding: 1rem; margin: 0 0 1.25rem; }
-.row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
-.row + .row, .row + p, .row + div, p + .row { margin-top: .75rem; }
-#who, .middle { align-items: center; }
-.grow { flex: 1 1 9rem; min-width: 0; }
-.panel > :last-child { margin-bottom: 0; }
-label { display: block; font-size: .875rem; color: var(--quiet); }
-input, select, button { font: inherit; color: var(--text); border: 1px solid var(--quiet);
-  border-radius: .35rem; padding: .4rem .7rem; background: var(--back); max-width: 100%;
-  min-height: 2.6rem; }
+label, th { font-size: .875rem; color: var(--quiet); }
+input, select, button { font: inherit; color: var(--text); background: var(--back);
+  border: 1px solid var(--quiet); border-radius: .35rem; padding: .4rem .7rem; min-height: 2.6rem; }
 label input, label select { display: block; width: 100%; margin-top: .15rem; }
 input[type=file] { color: transparent; }  /* the name is shown below, that of a dropped file too */
 ::file-selector-button { font: inherit; color: var(--text); background: var(--panel);
   border: 1px solid var(--line); border-radius: .25rem; }
-button { cursor: pointer; }
-button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
-button.bad { border-color: var(--bad); }
+button, #list tbody tr { cursor: pointer; }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--back); }
 button:disabled { opacity: .55; cursor: default; }
-progress { width: 100%; height: .8rem; accent-color: var(--accent); }
-p { margin: 0 0 .75rem; }
-.quiet { color: var(--quiet); }
-.verdict { font-weight: 600; color: var(--accent); }
-.bad { color: var(--bad); }
-[role=alert] { border-left: 4px solid var(--bad); padding: .5rem .75rem; background: var(--panel);
-  margin-bottom: 1.25rem; }
+.bad { color: var(--bad); border-color: var(--bad); }
+.quiet, dt { color: var(--quiet); }
 code, pre, .mono { font: .875rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
-pre { margin: 0; overflow-x: auto; }
-[role=alert] pre { white-space: pre-wrap; margin-top: .5rem; }
-.scroll { overflow-x: auto; }
+pre { font-size: min(.875rem, 2.8vw); overflow-x: auto; }
+[role=alert] pre { white-space: pre-wrap; }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .25rem 1.25rem; }
 table { border-collapse: collapse; width: 100%; }
-.list { table-layout: fixed; }
-.list th.number, .list th.short { width: 6.5rem; }
-.list th.wide { width: 14rem; }
-th { text-align: left; font-weight: 600; font-size: .875rem; color: var(--quiet); }
-th, td { padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number, th.number { padding-right: 1.5rem; }
-td.time, td.mono { white-space: nowrap; }
-tbody tr.link { cursor: pointer; }
-tbody tr.link:hover { background: var(--panel); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.25rem; margin: 0; }
-dt { color: var(--quiet); }
-dd { margin: 0; min-width: 0; }
-.halves { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 0 1.5rem; }
-svg { display: block; max-width: 100%; height: auto; }
-svg text { font: 12px ui-monospace, Menlo, Consolas, monospace; fill: var(--text); }
-svg .gap-label { fill: var(--quiet); }
+th, td { padding: .4rem min(1rem, 2vw) .4rem 0; border-bottom: 1px solid var(--line);
+  text-align: left; vertical-align: top; }
+:is(th, td):nth-child(3) { text-align: right; }  /* sizes, in both tables */
+th, td code, #list td:nth-child(n + 3) { white-space: nowrap; }
+#list tbody tr:hover { background: var(--panel); }
+#map { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+svg { max-width: 100%; height: auto; fill: var(--text); }
+svg text { font: 12px ui-monospace, Menlo, Consolas, monospace; }
+svg .gap { fill: var(--quiet); }
 svg .data { fill: var(--accent); }
-svg .cut { stroke: var(--quiet); stroke-dasharray: 3 3; }
-svg .entry { fill: var(--mark); }
-dialog { background: var(--back); color: var(--text); border: 1px solid var(--line);
-  border-radius: .5rem; padding: 1.25rem; max-width: min(30rem, 92vw); }
+svg .cut { fill: none; stroke: var(--quiet); stroke-dasharray: 3 3; }
+dialog { margin: auto; max-width: min(30rem, 92vw); }
 dialog::backdrop { background: rgb(0 0 0 / 55%); }
-.dropping { outline: 3px dashed var(--accent); outline-offset: -.5rem; }
 @media (max-width: 48rem) {
-  #who { flex: 1 1 100%; justify-content: space-between; }
-  .halves { grid-template-columns: minmax(0, 1fr); }
-  .wide { display: none; }
-  dl { grid-template-columns: minmax(0, 1fr); gap: 0; }
-  dd { margin-bottom: .5rem; }
-  td.number, th.number { padding-right: .75rem; }
-  .list th.number, .list th.short { width: 5.2rem; }
-  pre { font-size: .68rem; }
+  #list :is(th, td):nth-child(5) { display: none; }
 }
 """
 
 PAGE_SCRIPT = r"""
 "use strict";
 const BASE = location.pathname.replace(/\/+$/, "");  // with the prefix, if there is one
+const RIGHTS = ["read", "write", "delete"];
 const ROWS = 200, SEGMENTS = 1000, LINE = 500, DUMP_ROWS = 32, MIB = 1 << 20;
-const TIME = new Intl.DateTimeFormat(undefined, {dateStyle: "medium", timeStyle: "medium"});
 const state = {
-  token: sessionStorage.getItem("token") || "", refused: "", rights: new Set(), tenant: "",
-  images: null, filter: "", shown: ROWS, image: null,
-  alert: null, news: "", coming: "",  // news of what has just been done, for the next place
-  file: null, label: "", version: "", typed: new Set(),
-  upload: null,  // while one is on its way: request, sent, total
-  link: null, lasting: 3600, dump: null, goTo: "",
+  token: sessionStorage.getItem("token") || "", refused: "",  // by the server
+  images: null, filter: "", shown: ROWS,
+  image: null, link: null, lasting: 3600, dump: null, goTo: "",
+  file: null, typed: {}, upload: null, failed: null,  // why the last upload did
+  alert: null, news: "",
 };
 
 // Elements and text.
 
 function element(tag, attributes = {}, ...children) {
-  const svg = ["svg", "rect", "text", "path", "line"].includes(tag);
-  const made = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag)
-    : document.createElement(tag);
+  const made = ["svg", "rect", "text", "path"].includes(tag)
+    ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value === true) made.setAttribute(name, "");
-    else if (value !== false && value != null) made.setAttribute(name, value);
+    else if (value !== false) made.setAttribute(name, value);
   }
-  made.append(...children.filter(child => child != null && child !== false));
-  return made;
+  return fill(made, ...children);
 }
 
-function plain(text) {  // what would turn round the text beside it is named
-  return text.replace(/[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, character =>
-    "[U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "]");
+function fill(parent, ...children) {  // what is null, false or "" is left out
+  parent.replaceChildren(...children.flat(2).filter(Boolean));
+  return parent;
 }
+
+const button = (text, action, attributes = {}) =>
+  element("button", {type: "button", onclick: action, ...attributes}, text);
+const idOf = name => name.toLowerCase().replace(" ", "");
+const field = (name, attributes) => element("label", {class: "grow"}, name,
+  element("input", {id: idOf(name), autocomplete: "off", spellcheck: "false", ...attributes}));
+const panel = (title, ...children) =>
+  element("section", {class: "panel"}, title && element("h2", {}, title), children);
+const row = (...cells) => element("tr", {}, cells.map(cell => element("td", {}, cell)));
+
+const table = (heads, rows) => element("table", {}, element("thead", {}, element("tr", {},
+  heads.map(name => element("th", {scope: "col"}, name)))), rows);
+
+// What would turn round the text beside it is named.
+const plain = text => text.replace(/[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g,
+  character => `[U+${hex(character.codePointAt(0), 4)}]`);
+const hex = (number, digits) => number.toString(16).toUpperCase().padStart(digits, "0");
+const address = number => "0x" + hex(number, 8);
+const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+const time = text =>
+  new Date(text).toLocaleString(undefined, {dateStyle: "medium", timeStyle: "medium"});
+const title = image => plain(`${image.label} ${image.fw_version}`);
 
 function size(bytes) {
-  const power = Math.min(Math.floor(Math.log2(Math.max(bytes, 1)) / 10), 4);
-  if (!power) return bytes === 1 ? "1 byte" : `${bytes} bytes`;
-  return `${(bytes / 1024 ** power).toFixed(1)} ${["", "K", "M", "G", "T"][power]}iB`;
+  const power = Math.min(Math.floor(Math.log2(Math.max(bytes, 1)) / 10), 3);
+  if (!power) return counted(bytes, "byte");
+  return `${(bytes / 1024 ** power).toFixed(1)} ${" KMG"[power]}iB`;
 }
 
 const exactSize = bytes => bytes < 1024 ? size(bytes) : `${size(bytes)} (${bytes} bytes)`;
-const hex = (number, digits) => number.toString(16).toUpperCase().padStart(digits, "0");
-const address = number => "0x" + hex(number, 8);
-const button = (text, action, kind = "", id = null) =>
-  element("button", {type: "button", class: kind, id, onclick: action}, text);
-const field = (name, attributes) =>
-  element("label", {class: "grow"}, name, element("input", {autocomplete: "off", ...attributes}));
 
 // The API.
 
-async function ask(method, path, body, headers = {}) {
-  const {token} = state;
-  let response;
-  try {
-    response = await fetch(BASE + path, {method, headers: {
-      Authorization: "Bearer " + token, ...headers,
-      ...(body ? {"Content-Type": "application/json"} : {}),
-    }, body: body && JSON.stringify(body)});
-  } catch {
-    throw new Error("The connection is broken: is the service running?");
-  }
-  if (response.ok) return response;
-  if (response.status === 401 && token === state.token) {
-    forget();
-    state.refused = token;
-  }
-  throw new Error(sentence(await response.text(), response.status));
-}
-
-function sentence(text, status) {
-  try {
-    const {message, errors} = JSON.parse(text);
-    const faults = Object.entries(errors || {}).map(([name, said]) => `${name}: ${said.join(" ")}`);
-    return [message, ...faults].join("; ");
-  } catch {
-    return `The server answered ${status}`;
-  }
-}
-
-const path = (id, ...parts) => ["/image", encodeURIComponent(id), ...parts].join("/");
-
-function readToken() {  // who it is for and what it may do; the server alone checks it
-  let claims = {};
-  try {
-    const part = state.token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/");
-    const bytes = Uint8Array.from(atob(part), character => character.charCodeAt(0));
-    claims = Object(JSON.parse(new TextDecoder().decode(bytes)));
-  } catch { /* the server will say what is wrong with it */ }
-  const scope = Array.isArray(claims.scope) ? claims.scope : String(claims.scope || "").split(" ");
-  const rights = ["read", "write", "delete"];
-  const named = rights.filter(right => scope.includes("image:" + right));
-  state.rights = new Set(named.length ? named : rights);
-  state.tenant = typeof claims.service === "string" ? claims.service : "";
-}
-
-const may = right => state.rights.has(right);
-
-// Does something, and shows what went wrong unless one has gone on to another place meanwhile.
-async function attempt(action, {where = "top", everywhere = false} = {}) {
-  const here = visit;
-  state.alert = null;
-  try {
-    await action();
-  } catch (error) {
-    if (here !== visit && !everywhere) return;
-    state.alert = {message: error.message, line: error.line, upload: error.upload, where};
-    render();
-    document.querySelector("[role=alert]").scrollIntoView({block: "nearest"});
-  }
-}
-
-// Going from one place to another.
-
-let visit = 0;  // an answer that comes when one has gone on is not shown
-
-async function go() {
-  const now = ++visit;
-  document.querySelector("dialog")?.close();
-  Object.assign(state, {news: state.coming, coming: ""});
-  readToken();
-  await attempt(async () => {
-    const id = place();
-    let found = null;
-    try {  // until the answer comes, what is shown stays, and its buttons mean that
-      if (state.token && may("read"))
-        found = await (await ask("GET", id ? path(id) : "/image")).json();
-    } finally {
-      if (now === visit)
-        Object.assign(state, {image: id ? found : null, link: null, dump: null, goTo: ""});
-    }
-    if (now !== visit) return;
-    if (!id && found) state.images = found.reverse();
-    render();
-    if (!state.image) return;
-    scrollTo(0, 0);
-    document.querySelector("h2").focus();
-    if (hasBytes(state.image)) await showDump(null);
+// Returns the answer: JSON as what it says, anything else as its bytes. By XMLHttpRequest, as
+// fetch() does not tell how much of a file is sent.
+function ask(method, path, {token = state.token, json, file, range, signal, onprogress} = {}) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    signal?.throwIfAborted();
+    signal?.addEventListener("abort", () => request.abort());
+    request.open(method, BASE + path);
+    request.responseType = "arraybuffer";
+    request.setRequestHeader("Authorization", "Bearer " + token);
+    if (json) request.setRequestHeader("Content-Type", "application/json");
+    if (range) request.setRequestHeader("Range", range);
+    request.upload.onprogress = request.upload.onload = onprogress;
+    request.onabort = () => reject(signal?.reason);
+    request.onerror = () => reject(new Error("The connection is broken: is the service running?"));
+    request.onload = () => {
+      const {status, response} = request;
+      const isJson = request.getResponseHeader("Content-Type") === "application/json";
+      const answer = isJson ? JSON.parse(new TextDecoder().decode(response)) : response;
+      if (status < 300) return resolve(answer);
+      if (status === 401 && token === state.token) state.refused = token;
+      const {message = `The server answered ${status}`, errors = {}} = answer;
+      reject(new Error([message, ...Object.entries(errors).flat(2)].join(": ")));
+    };
+    request.send(json ? JSON.stringify(json) : file);
   });
 }
 
-function place() {  // the id of the image that the address names
+let wanted = {};  // of each kind of answer, the one asked for last
+
+// Does what its answer changes in the state, or shows what went wrong. An answer is late, and not
+// shown, once another of its kind was asked for, or one has gone on to another place.
+async function attempt(kind, action, reset = {}) {
+  const mine = wanted[kind] = {};
+  state.alert = null;
+  const changes = await action().catch(error => ({alert: error}));
+  if (wanted[kind] !== mine) return false;
+  Object.assign(state, reset, changes);
+  render();
+  return !state.alert;
+}
+
+// The token, and going from one place to another.
+
+function readToken() {  // who it is for and what it may do; the server alone checks it
+  let claims = null;
   try {
-    return decodeURIComponent(location.hash.slice(1));
-  } catch {
-    return location.hash.slice(1);
-  }
+    claims = JSON.parse(atob(state.token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/")));
+  } catch { /* the server will say what is wrong with it */ }
+  const words = [claims?.scope].flat().join(" ").split(" ");
+  const named = RIGHTS.filter(right => words.includes("image:" + right));
+  return {tenant: String(claims?.service || ""), rights: named.length ? named : RIGHTS};
 }
 
-function useToken(event) {
-  event.preventDefault();
-  const pasted = event.target.querySelector("input").value.replace(/^\s*Bearer\s/i, "");
-  state.token = pasted.replace(/[^!-~]/g, "");  // blanks, and what cannot be seen
-  sessionStorage.setItem("token", state.token);
+const isIn = () => state.token !== "" && state.token !== state.refused;
+const may = right => isIn() && readToken().rights.includes(right);
+
+function useToken(event) {  // without what cannot be seen, pasted with it
+  const token = event.target.elements.token.value.replace(/^\s*Bearer\s|[^!-~]/gi, "");
+  sessionStorage.setItem("token", token);
+  Object.assign(state, {token, refused: "", images: null});
   go();
-}
-
-function forget() {
-  sessionStorage.removeItem("token");
-  Object.assign(state, {token: "", images: null, image: null, filter: ""});
 }
 
 function forgetToken() {
-  if (state.upload) {  // which needs the token to take away what it has created
-    state.upload.afterwards = forgetToken;
-    cancel();
-    return;
-  }
-  forget();
-  Object.assign(state, {file: null, label: "", version: "", typed: new Set(), refused: ""});
+  if (state.upload) cancel();
+  sessionStorage.removeItem("token");
+  Object.assign(state, {token: "", images: null, image: null, filter: "", file: null, typed: {}});
   go();
+}
+
+// The id of the image that the address names.
+const place = () => location.hash.slice(1).replace(/[^\w-]/g, "");
+
+async function go(news = "") {  // until the answer comes, what is shown stays
+  const id = place();
+  wanted = {};
+  Object.assign(state, {news, failed: null});
+  document.querySelector("dialog")?.close();
+  const shown = await attempt("place", async () => {
+    if (!may("read")) return {};
+    const found = await ask("GET", id ? `/image/${id}` : "/image");
+    return id ? {image: found} : {images: found.reverse()};
+  }, {image: null, link: null, dump: null, goTo: ""});
+  if (!shown || !state.image) return;
+  scrollTo(0, 0);
+  document.querySelector("h2").focus();
+  if (hasBytes(state.image)) await attempt("dump", () => readDump(state.image, 0));
 }
 
 // Uploading.
 
 function choose(file) {
-  if (!file || state.upload) return;
-  const stem = file.name.replace(/\.[A-Za-z]\w{0,4}$/, "");
+  Object.assign(state, {file, failed: null, news: ""});
+  render();
+}
+
+function names() {  // as the file's name suggests, where a person has typed nothing else
+  const stem = (state.file?.name || "").replace(/\.[A-Za-z]\w{0,4}$/, "");
   const [, label, version] =
     /^(.+?)[-_ ]v?(\d+(?:\.\d+)+(?:[-+][\w.+-]*)?)$/i.exec(stem) || [null, stem, ""];
-  Object.assign(state, {file, alert: null, news: ""});
-  if (!state.typed.has("label")) state.label = label.slice(0, 128);
-  if (!state.typed.has("version")) state.version = version.slice(0, 128);
-  render();
+  return {label: label.slice(0, 128), fw_version: version.slice(0, 128), ...state.typed};
 }
 
-async function upload(event, query = "") {
-  event.preventDefault();
+// It keeps what it began with: meanwhile one may go on, or forget the token.
+async function upload(query = "") {
   if (!state.file || state.upload) return;
-  const {file, image} = state, here = visit, sending = {sent: 0, total: file.size};
-  const name = image ? title(image) : plain(`${state.label} ${state.version}`);
-  Object.assign(state, {alert: null, news: "", upload: sending});
+  const {file, image, token} = state, json = names(), stopper = new AbortController();
+  let id = image?.id;
+  Object.assign(state, {upload: {file, sent: 0, stopper}, failed: null, news: ""});
   render();
-  let id = image && image.id, left = false;
-  await attempt(async () => {
-    try {
-      if (!id) {
-        const body = {label: state.label, fw_version: state.version};
-        id = (await (await ask("POST", "/image", body)).json()).id;
-        left = true;
-      }
-      if (sending.cancelled) throw new Error("The upload was cancelled");
-      await send(file, path(id, "binary") + query);
-      Object.assign(state, {file: null, label: "", version: "", typed: new Set()});
-      state.coming = `${name} is stored.`;
-    } catch (error) {
-      if (left) await takeAway(id, error);
-      const [, line] = /\bline (\d+)/.exec(error.message) || [];
-      if (line) error.line = await lineOf(file, Number(line));
-      error.upload = image ? image.id : "new";
-      throw error;
-    } finally {
-      state.upload = null;
-    }
-    if (sending.afterwards) return;
-    if (here !== visit && place() && place() !== id) {  // one looks at something else by now
-      Object.assign(state, {news: state.coming, coming: ""});
-      render();
-    } else if (here !== visit || place() === id) await go();
-    else location.hash = id;
-  }, {everywhere: true});
-  if (!sending.afterwards) return;
-  const {alert} = state;  // it may say which image was left
-  sending.afterwards();
-  state.alert = alert;
-  render();
-}
-
-function cancel() {
-  state.upload.cancelled = true;
-  if (state.upload.request) state.upload.request.abort();
-}
-
-function send(file, to) {  // fetch() does not tell how much is sent
-  return new Promise((resolve, reject) => {
-    const request = new XMLHttpRequest();
-    request.open("PUT", BASE + to);
-    request.setRequestHeader("Authorization", "Bearer " + state.token);
-    request.setRequestHeader("Content-Type", "application/octet-stream");
-    const progress = event => {
-      Object.assign(state.upload, {sent: event.loaded, total: event.total});
-      renderProgress();
-    };
-    request.upload.onprogress = request.upload.onload = progress;
-    request.onload = () => request.status < 300 ? resolve()
-      : reject(new Error(sentence(request.responseText, request.status)));
-    request.onerror = () => file.slice(0, 1).arrayBuffer().then(
-      () => reject(new Error("The connection broke while the file was sent")),
-      () => reject(new Error("The file has changed since it was chosen: choose it again")));
-    request.onabort = () => reject(new Error("The upload was cancelled"));
-    state.upload.request = request;
-    request.send(file);
-  });
-}
-
-async function takeAway(id, error) {
   try {
-    if (!may("delete")) throw new Error();
-    await ask("DELETE", path(id));
-  } catch {
-    error.message += `. Image ${id} was left without a binary`;
+    await file.slice(0, 1).arrayBuffer().catch(() => {
+      throw new Error("The file has changed since it was chosen: choose it again");
+    });
+    id ??= (await ask("POST", "/image", {token, json})).id;
+    await ask("PUT", `/image/${id}/binary${query}`,
+      {token, file, signal: stopper.signal, onprogress: event => showProgress(event.loaded)});
+  } catch (error) {
+    const [, line] = /\bline (\d+)/.exec(error.message) || [];
+    if (line) error.line = await lineOf(file, Number(line));
+    if (id && !image) await ask("DELETE", `/image/${id}`, {token}).catch(() => {
+      error.message += `. Image ${id} was left without a binary`;
+    });
+    error.image = image;
+    Object.assign(state, {upload: null, failed: error});
+    return render();
   }
+  const news = `${title(image || json)} is stored.`;
+  Object.assign(state, {upload: null, file: null, typed: {}, news});
+  if (!place()) history.pushState(null, "", "#" + id);
+  if (place() === id) go(news);
+  else render();  // one looks at another image by now
 }
+
+const cancel = () => state.upload.stopper.abort(new Error("The upload was cancelled"));
 
 async function lineOf(file, number) {
-  const decoder = new TextDecoder("latin1");
-  let rest = "", before = 0;
-  for (let at = 0; at < file.size; at += MIB) {
-    let text = rest + decoder.decode(await file.slice(at, at + MIB).arrayBuffer());
-    const half = text.endsWith("\r") && at + MIB < file.size ? "\r" : "";  // of a line end
-    const lines = text.slice(0, text.length - half.length).split(/\r\n|\r|\n/);
-    rest = at + MIB < file.size ? lines.pop() : "";
-    if (lines.length >= number - before) return cut(lines[number - before - 1]);
-    before += lines.length;
-    rest = rest.slice(0, LINE + 1) + half;
-  }
-  return "";
+  let text = "", line = 1, before = 0;
+  for (let at = 0; at < file.size && line <= number; at += MIB)
+    for (const byte of new Uint8Array(await file.slice(at, at + MIB).arrayBuffer())) {
+      if (byte === 13 || (byte === 10 && before !== 13)) line++;
+      else if (line === number && byte !== 10 && text.length <= LINE)
+        text += String.fromCharCode(byte);
+      before = byte;
+    }
+  return text.length > LINE ? text.slice(0, LINE) + " … (cut off here)" : text;
 }
-
-const cut = text => text.length > LINE ? text.slice(0, LINE) + " … (cut off here)" : text;
 
 // What lies where.
 
+function segments(image) {  // of what is no Intel HEX, the whole file
+  if (!image.hex) return image.size ? [{at: 0, end: image.size}] : [];
+  return image.hex.segments.map(({address, size}) =>
+    ({at: Number(address), end: Number(address) + size}));
+}
+
 // Of records of other types nobody knows what they put where.
-const hasBytes = image => may("read") && segments(image).length > 0
-  && !(image.hex && image.hex.warnings.some(text => text.includes("no raw bytes")));
+const hasBytes = image => segments(image).length > 0
+  && !image.hex?.warnings.some(text => text.includes("no raw bytes"));
 
-const segments = image => image.hex
-  ? image.hex.segments.map(found => ({at: Number(found.address), size: found.size}))
-  : image.confirmed && image.size ? [{at: 0, size: image.size}] : [];
-
-function drawMap(image) {
-  const parts = segments(image), entry = image.hex.start_address;
-  const gaps = parts.map((part, number) =>
-    number ? part.at - parts[number - 1].at - parts[number - 1].size : 0);
-  const data = parts.reduce((sum, part) => sum + part.size, 0);
-  const isLong = gap => gap > data / 4;
-  const scale = 240 / gaps.reduce((sum, gap) => sum + (isLong(gap) ? 0 : gap), data);
-  const cutHeight = Math.min(40, 480 / gaps.filter(isLong).length), shapes = [], labels = [];
-  const mark = image.hex.start_address && Number(image.hex.start_address);
-  let y = 14, labelled = -20, drawn = 0, entryAt = null;
-  const label = (text, at, kind) => {
-    if (at < labelled + 16) return;
-    shapes.push(element("text", {x: 104, y: at + 4, class: kind}, text));
-    labels.push(labelled = at);
-  };
-  parts.forEach((part, number) => {
-    const gap = gaps[number];
-    if (entry && mark < part.at && entryAt === null)  // where there is no data
-      entryAt = number ? y + (isLong(gap) ? cutHeight : gap * scale) / 2 : y;
-    if (isLong(gap)) {
-      const sides = `M12 ${y + 1}v${cutHeight - 2}m76 0v${2 - cutHeight}`;
-      shapes.push(element("path", {class: "cut", d: sides}));
-      label(`gap of ${size(gap)}`, y + cutHeight / 2, "gap-label");
-      y += cutHeight;
-    } else y += gap * scale;
-    const height = part.size * scale;
-    if (y + height - drawn > 0.5) {  // thousands of small ones make one shape to a pixel
-      const seen = Math.max(height, 2);
-      shapes.push(element("rect", {class: "data", x: 12, y, width: 76, height: seen}));
-      drawn = y + seen;
-    }
-    label(address(part.at), y, "");
-    if (entry && mark >= part.at && mark < part.at + part.size)
-      entryAt = y + (mark - part.at) * scale;
-    y += height;
-  });
-  const last = parts[parts.length - 1], end = last.at + last.size;
-  label(`${address(end)} end`, Math.max(y, labelled + 16), "gap-label");
-  if (entry && entryAt === null) entryAt = y;
-  if (entryAt !== null) {
-    shapes.push(element("path", {class: "entry", d: `M0 ${entryAt - 6}l12 6l-12 6z`}));
-    const taken = labels.some(at => Math.abs(at - entryAt) < 16);
-    shapes.push(element("text", {x: taken ? 232 : 104, y: entryAt + 4}, "entry point"));
-  }
-  const said = `Memory map: ${parts.length} ${parts.length === 1 ? "segment" : "segments"} with `
-    + `${exactSize(data)} from ${address(parts[0].at)} to ${address(end)}`
-    + (entry ? `, entry point ${entry}` : "");
-  const height = Math.max(y, labelled) + 14;
-  return element("svg", {role: "img", "aria-label": said, width: 320, height,
-    viewBox: `0 0 320 ${height}`}, ...shapes);
-}
-
-let reading = 0;  // bytes that come after others were asked for are not shown
-
-async function showDump(from) {  // `from` null: the first data
-  const {image} = state, now = ++reading, parts = segments(image), rows = [];
-  let at = from === null ? parts[0].at : from, number = 0;
-  while (rows.length < DUMP_ROWS) {
-    while (number < parts.length && parts[number].at + parts[number].size <= at) number++;
-    if (number === parts.length) break;
-    at = Math.max(at, parts[number].at);
-    const row = at - at % 16;
-    rows.push({at: row, bytes: new Array(16).fill(null)});
-    at = row + 16;
-  }
-  const last = parts[parts.length - 1], end = last.at + last.size;
-  if (!rows.length) throw new Error(`The data end at ${address(end)}`);
-  await Promise.all(spans(rows).map(async span => {
-    const bytes = await readBytes(image, span[0].at, span[span.length - 1].at + 16);
-    for (const row of span) fillRow(row, bytes, span[0].at, parts);
-  }));
-  if (state.image !== image || now !== reading) return;
-  state.dump = {rows, next: at < end ? at : null};
-  render();
-}
-
-function spans(rows) {  // rows without a gap between them, to be fetched together
+function groups(items, belongs) {  // what follows one another and belongs together
   const found = [];
-  for (const row of rows) {
-    const last = found[found.length - 1];
-    if (last && row.at === last[last.length - 1].at + 16) last.push(row);
-    else found.push([row]);
+  for (const item of items) {
+    if (found.length && belongs(found.at(-1), item)) found.at(-1).push(item);
+    else found.push([item]);
   }
   return found;
 }
 
-async function readBytes(image, begin, end) {
-  const where = path(image.id, "binary");
-  const response = image.hex
-    ? await ask("GET", `${where}?format=bin&start=${begin}&end=${Math.min(end, 2 ** 32)}`)
-    : await ask("GET", where, null, {Range: `bytes=${begin}-${end - 1}`});
-  return new Uint8Array(await response.arrayBuffer());
-}
+const total = pieces => pieces.reduce((sum, {at, end}) => sum + end - at, 0);
 
-function fillRow(row, bytes, begin, parts) {
-  let low = 0, high = parts.length;  // the first segment that ends behind the row's begin
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (parts[middle].at + parts[middle].size > row.at) high = middle;
-    else low = middle + 1;
-  }
-  for (let column = 0; column < 16; column++) {
-    const at = row.at + column;
-    while (low < parts.length && parts[low].at + parts[low].size <= at) low++;
-    if (low < parts.length && at >= parts[low].at) row.bytes[column] = bytes[at - begin];
-  }
-}
-
-function dumpText({rows}) {
-  const lines = [];
-  rows.forEach((row, number) => {
-    const gap = number ? row.at - rows[number - 1].at - 16 : 0;
-    if (gap) lines.push(`          .. gap of ${size(gap)}`);
-    const digits = row.bytes.map(byte => byte === null ? ".." : hex(byte, 2)).join(" ");
-    const text = row.bytes.map(byte => byte === null ? " "
-      : byte > 31 && byte < 127 ? String.fromCharCode(byte) : "·").join("");
-    lines.push(`${hex(row.at, 8)}  ${digits}  ${text}`);
+function drawMap(image) {
+  const parts = segments(image), entry = image.hex.start_address, shapes = [];
+  const begin = parts[0].at, {end} = parts.at(-1), data = total(parts);
+  const pieces = parts.flatMap((part, number) => {
+    const before = number ? parts[number - 1].end : begin;
+    const kind = part.at - before > data / 4 ? "cut" : "gap";  // a long one is cut short
+    return [{kind, at: before, end: part.at}, {kind: "data", ...part}];
   });
-  return lines.join("\n");
-}
-
-// Links and copies.
-
-const fileName = image =>
-  `${image.label}-${image.fw_version}`.replace(/[^A-Za-z0-9._+-]+/g, "_").slice(0, 100);
-const quoted = text => "'" + text.replace(/'/g, "'\\''") + "'";
-
-async function makeLink(image, seconds) {
-  const response = await ask("POST", path(image.id, "binary", "link"), {expires_in: seconds});
-  const made = await response.json();
-  return {...made, url: new URL(made.url, location.href).href};
-}
-
-async function download(event, image, window) {  // by a link, as a browser sends no token
-  event.preventDefault();
-  await attempt(async () => {
-    const query = new URL((await makeLink(image, 3600)).url).search;
-    const to = BASE + path(image.id, "binary") + query + window;
-    const anchor = element("a", {href: to, download: ""});
-    document.body.append(anchor);
-    anchor.click();
-    anchor.remove();
-  });
-}
-
-async function copy(text, pressed) {
-  const copied = await navigator.clipboard?.writeText(text).then(() => true, () => false);
-  if (!copied) {  // over plain http there is no clipboard
-    const area = element("textarea", {"aria-hidden": "true", tabindex: -1});
-    area.value = text;
-    pressed.after(area);
-    area.select();
-    document.execCommand("copy");
-    area.remove();
-    pressed.focus();
+  const cuts = pieces.filter(({kind}) => kind === "cut");
+  const scale = 240 / (end - begin - total(cuts));
+  const mark = Math.min(Math.max(Number(entry), begin), end);
+  let y = 14, drawn = 0, labelled = -20, marked = y;
+  const label = (text, at, kind = "") => {
+    if (at < labelled + 16) return;  // it would lie on the one above
+    shapes.push(element("text", {class: kind, x: 104, y: at + 4}, text));
+    labelled = at;
+  };
+  for (const {kind, at, end} of pieces) {
+    const height = kind === "cut" ? Math.min(40, 480 / cuts.length) : (end - at) * scale;
+    if (kind !== "gap" && y + height - drawn > 0.5) {  // of thousands, one shape to a pixel
+      const seen = Math.max(height, 2);
+      shapes.push(element("rect", {class: kind, x: 12, y, width: 76, height: seen}));
+      if (kind === "data") drawn = y + seen;
+    }
+    if (kind === "data") label(address(at), y);
+    if (kind === "cut") label(`gap of ${size(end - at)}`, y + height / 2, "gap");
+    if (mark > at && mark <= end) marked = y + height * (mark - at) / (end - at);
+    y += height;
   }
-  pressed.textContent = "Copied";
-  setTimeout(() => { pressed.textContent = "Copy"; }, 2000);
+  label(`${address(end)} end`, Math.max(y, labelled + 16), "gap");
+  if (entry) shapes.push(element("text", {x: 232, y: marked + 4}, "entry point"),
+    element("path", {class: "entry", d: `M0 ${marked - 6}l12 6l-12 6z`}));
+  const said = `Memory map: ${counted(parts.length, "segment")} with ${exactSize(data)} `
+    + `from ${address(begin)} to ${address(end)}` + (entry ? `, entry point ${entry}` : "");
+  const bottom = labelled + 14;
+  return element("svg", {role: "img", "aria-label": said, width: 320, height: bottom,
+    viewBox: `0 0 320 ${bottom}`}, shapes);
 }
 
-// Deleting.
-
-function confirmDeletion(question, action) {
-  const dialog = element("dialog", {"aria-label": question, onclose: () => dialog.remove()},
-    element("p", {}, question),
-    element("div", {class: "row"},
-      button("Delete", () => { dialog.close(); attempt(action); }, "bad"),
-      button("Cancel", () => dialog.close())));
-  document.body.append(dialog);
-  dialog.showModal();
-  dialog.querySelector("button:last-of-type").focus();
+async function readDump(image, from) {
+  if (!Number.isInteger(from))
+    throw new Error("Go to takes an address: 0x08000000, or a decimal number");
+  const parts = segments(image), lines = new Set();  // the addresses where lines begin
+  for (const part of parts.filter(part => part.end > from)) {
+    const at = Math.max(part.at, from);
+    for (let line = at - at % 16; line < part.end && lines.size < DUMP_ROWS; line += 16)
+      lines.add(line);
+  }
+  const {end} = parts.at(-1);
+  if (!lines.size) throw new Error(`The data end at ${address(end)}`);
+  const [first] = lines, next = [...lines].at(-1) + 16;
+  const near = parts.filter(part => part.end > first && part.at < next);
+  const isData = at => near.some(part => part.at <= at && at < part.end);
+  const runs = groups(lines, (run, line) => line === run.at(-1) + 16);
+  const texts = await Promise.all(runs.map(async (run, number) => {
+    const [begin] = run, end = run.at(-1) + 16;
+    const bytes = new Uint8Array(await (image.hex
+      ? ask("GET", `/image/${image.id}/binary?format=bin&start=${begin}&end=${end}`)
+      : ask("GET", `/image/${image.id}/binary`, {range: `bytes=${begin}-${end - 1}`})));
+    const rows = run.map(line => dumpLine(line, [...Array(16).keys()].map(column =>
+      isData(line + column) ? bytes[line + column - begin] : null)));
+    const gap = number && begin - runs[number - 1].at(-1) - 16;
+    return gap ? [`          .. gap of ${size(gap)}`, ...rows] : rows;
+  }));
+  return {dump: {text: texts.flat().join("\n"), next: next < end ? next : null}};
 }
 
-async function deleteBinary(image) {
-  await ask("DELETE", path(image.id, "binary"));
-  state.coming = `The binary of ${title(image)} is deleted.`;
-  if (state.image === image) await go();
-}
-
-async function deleteImage(image) {
-  await ask("DELETE", path(image.id));
-  state.coming = `${title(image)} is deleted.`;
-  if (state.image === image) location.replace("#");  // Back must not lead there
+function dumpLine(line, bytes) {
+  const digits = bytes.map(byte => byte === null ? ".." : hex(byte, 2)).join(" ");
+  const text = bytes.map(byte => byte === null ? " "
+    : byte > 31 && byte < 127 ? String.fromCharCode(byte) : "·").join("");
+  return `${hex(line, 8)}  ${digits}  ${text}`;
 }
 
 // Showing the state.
 
 function render() {
-  const {id, textContent, selectionStart} = document.activeElement;
-  document.getElementById("who").replaceChildren(...whoView());
-  document.getElementById("content").replaceChildren(
-    ...[alertView("top"), sendingView(), ...(state.token ? placeView() : [tokenView()])]
-      .filter(Boolean));
+  const key = one => one.id || one.textContent;
+  const {activeElement: before} = document, caret = before.selectionStart;
+  const focused = key(before), {top} = before.getBoundingClientRect();
+  fill(document.getElementById("who"), isIn() && whoView());
+  fill(document.getElementById("content"), alertView(state.alert), alertView(state.failed),
+    sendingView(), isIn() ? placeView() : tokenView());
   document.getElementById("news").textContent = state.news;
-  // What had the focus is there again, as another element.
-  const again = id ? document.getElementById(id)
-    : [...document.querySelectorAll("button, a")].find(one => one.textContent === textContent);
-  if (again) again.focus({preventScroll: true});
-  if (again && selectionStart != null) again.setSelectionRange(selectionStart, selectionStart);
-  if (state.upload) renderProgress();
   document.title = (state.image ? title(state.image) + " - " : "") + "Image Manager";
+  if (state.upload) showProgress(state.upload.sent);
+  // What had the focus has it again, as another element, and stays where it is on the screen.
+  const again = [...document.querySelectorAll("a, button, input, select, pre, h2")]
+    .find(one => key(one) === focused);
+  if (!again) return;
+  again.focus({preventScroll: true});
+  if (caret != null) again.setSelectionRange(caret, caret);
+  scrollBy(0, again.getBoundingClientRect().top - top);
 }
 
 function whoView() {
-  if (!state.token) return [];
-  const missing = ["read", "write", "delete"].filter(right => !may(right));
-  return [
-    state.tenant && element("span", {class: "quiet"}, `Tenant ${plain(state.tenant)}`),
-    ...missing.map(right => element("span", {class: "quiet"}, `This token may not ${right}`)),
-    button("Forget token", forgetToken),
-  ].filter(Boolean);
+  const said = RIGHTS.filter(right => !may(right)).map(right => `This token may not ${right}`);
+  const {tenant} = readToken();
+  if (tenant) said.unshift(`Tenant ${plain(tenant)}`);
+  return [element("a", {href: "#"}, "All images"),
+    said.map(text => element("span", {class: "quiet"}, text)), button("Forget token", forgetToken)];
 }
 
-const title = image => plain(`${image.label} ${image.fw_version}`);
-
-function alertView(place) {
-  if (!state.alert || state.alert.where !== place) return null;
-  const {message, line} = state.alert;
-  const here = state.alert.upload === (state.image ? state.image.id : "new");
-  const unchecked = here && message.includes("?validate=false") && state.file && !state.upload;
-  return element("div", {role: "alert"}, plain(message), line && element("pre", {}, plain(line)),
-    unchecked && element("p", {class: "row"},
-      button("Store it unchecked", event => upload(event, "?validate=false"))));
+function alertView(error) {
+  if (!error) return null;
+  const unchecked = error.image === state.image && error.message.includes("?validate=false");
+  return element("div", {role: "alert"}, plain(error.message),
+    error.line && element("pre", {}, plain(error.line)),
+    unchecked && element("p", {}, button("Store it unchecked", () => upload("?validate=false"))));
 }
 
 function tokenView() {
@@ -4757,266 +4556,233 @@ function tokenView() {
     element("p", {}, "A token lets you in. Whoever runs the service makes one with ",
       element("code", {}, "python image_manager.py token"), "."),
     element("div", {class: "row"},
-      field("Token", {id: "token", required: true, spellcheck: "false", class: "mono",
-        value: state.refused}),
+      field("Token", {required: true, class: "mono", value: state.token}),
       element("button", {class: "main"}, "Use token")));
 }
 
 function placeView() {
-  if (!may("read")) return [may("write") && uploadView()];
   if (state.image) return imageView(state.image);
-  if (place()) return [backLink()];
+  if (place() && may("read")) return null;  // there is no such image
   return [may("write") && uploadView(), state.images && listView()];
 }
 
-const backLink = () => element("p", {}, element("a", {href: "#"}, "All images"));
-
 function uploadView() {
-  const {file, image, upload: sending} = state;
-  const text = (name, key) => field(name, {id: key, required: true, maxlength: 128,
-    value: state[key], disabled: Boolean(sending), spellcheck: "false",
-    oninput: event => { state[key] = event.target.value; state.typed.add(key); }});
-  const chosen = element("label", {class: "grow"}, "File", element("input", {
-    // render() makes this anew: so the same file, mended, can be chosen again.
-    id: "file", type: "file", disabled: Boolean(sending),
-    onchange: event => choose(event.target.files[0])}));
-  return element("form", {class: "panel", onsubmit: upload},
-    image ? element("h3", {}, "Upload the binary") : element("h2", {}, "Upload an image"),
-    element("div", {class: "row"}, chosen,
-      !image && text("Label", "label"), !image && text("Version", "version"),
-      element("button", {class: "main", disabled: !file || Boolean(sending)}, "Upload")),
+  const {file, image} = state, suggested = names();
+  if (state.upload) return null;  // one at a time
+  const text = (name, key) => field(name, {required: true, maxlength: 128, value: suggested[key],
+    oninput: event => { state.typed[key] = event.target.value; }});
+  return panel(image ? "Upload the binary" : "Upload an image",
+    element("form", {class: "row", onsubmit: () => upload()},
+      // render() makes this anew: so the same file, mended, can be chosen again.
+      field("File", {type: "file", onchange: event => choose(event.target.files[0])}),
+      !image && [text("Label", "label"), text("Version", "fw_version")],
+      element("button", {class: "main", disabled: !file}, "Upload")),
     element("p", {class: "quiet"}, file ? `${plain(file.name)}, ${exactSize(file.size)}`
       : "Choose a file, or drop one anywhere on this page."));
 }
 
 function sendingView() {
-  return state.upload && element("section", {class: "panel row middle"},
-    element("progress", {id: "progress", class: "grow", max: 1, "aria-label": "Upload"}),
-    element("span", {id: "sent", role: "status"}),
-    button("Cancel", cancel, "", "cancel"));
+  return state.upload && panel(`Uploading ${plain(state.upload.file.name)}`,
+    element("div", {id: "sending", class: "row"},
+      element("progress", {id: "progress", class: "grow", "aria-label": "Upload"}),
+      element("span", {id: "sent", role: "status"}), button("Cancel", cancel, {id: "cancel"})));
 }
 
-function renderProgress() {
-  const {sent, total} = state.upload, bar = document.getElementById("progress");
-  if (!bar) return;
-  bar.value = total ? sent / total : 1;
-  document.getElementById("sent").textContent = sent < total
-    ? `${Math.floor(100 * sent / total)} %` : "All is sent: the server checks it";
-  document.getElementById("cancel").hidden = sent >= total;  // it would come too late
+function showProgress(sent) {
+  const {file} = state.upload, all = sent >= file.size;
+  state.upload.sent = sent;
+  document.getElementById("progress").value = all ? 1 : sent / file.size;
+  document.getElementById("sent").textContent =
+    all ? "All is sent: the server checks it" : `${Math.floor(100 * sent / file.size)} %`;
+  document.getElementById("cancel").hidden = all;  // it would come too late
 }
-
-const matching = () => {
-  const wanted = state.filter.trim().toLowerCase();
-  return wanted ? state.images.filter(image =>
-    `${image.label}\n${image.fw_version}\n${image.id}`.toLowerCase().includes(wanted))
-    : state.images;
-};
 
 function listView() {
-  const rows = element("tbody"), count = element("p", {class: "quiet", role: "status"});
-  const more = button("Show more", () => { state.shown += ROWS; fill(); });
-  const fill = () => {
-    const found = matching();
-    rows.replaceChildren(...found.slice(0, state.shown).map(listRow));
-    count.textContent = !state.images.length ? "No image is stored yet."
-      : `${found.length} of ${state.images.length} images`;
-    more.hidden = found.length <= state.shown;
+  const {images} = state, count = element("p", {class: "quiet", role: "status"});
+  const rows = element("tbody", {onclick: ({target}) => {  // anywhere in a row
+    if (target.tagName !== "A") target.closest("tr").querySelector("a").click();
+  }});
+  const filter = field("Filter", {type: "search", value: state.filter, oninput: () => show(ROWS)});
+  const more = button("Show more", () => show(state.shown + ROWS));
+  const show = shown => {  // this alone changes while one types
+    Object.assign(state, {filter: filter.lastChild.value, shown});
+    const sought = state.filter.trim().toLowerCase();
+    const found = images.filter(({label, fw_version, id}) =>
+      `${label}\n${fw_version}\n${id}`.toLowerCase().includes(sought));
+    fill(rows, found.slice(0, shown).map(listRow));
+    count.textContent = images.length ? `${found.length} of ${images.length} images`
+      : "No image is stored yet.";
+    more.hidden = found.length <= shown;
   };
-  fill();
-  const filter = field("Filter", {id: "filter", type: "search", value: state.filter,
-    oninput: event => { state.filter = event.target.value; state.shown = ROWS; fill(); }});
-  const heads = [["Label", ""], ["Version", ""], ["Size", "number"], ["Checked", "short"],
-    ["Created", "wide"]];
-  return element("section", {}, element("div", {class: "row"}, filter), count,
-    state.images.length > 0 && table(heads, rows, "list"), more);
+  show(state.shown);
+  return element("section", {id: "list"}, filter, count,
+    images.length > 0 && table(["Label", "Version", "Size", "Checked", "Created"], rows), more);
 }
 
-function table(heads, rows, kind = "") {
-  const cells = heads.map(([name, kind]) => element("th", {scope: "col", class: kind}, name));
-  return element("table", {class: kind}, element("thead", {}, element("tr", {}, ...cells)), rows);
-}
-
-function listRow(image) {
-  const to = "#" + encodeURIComponent(image.id);
-  const open = event => { if (event.target.tagName !== "A") location.hash = to; };
-  return element("tr", {class: "link", onclick: open},
-    element("td", {}, element("a", {href: to}, plain(image.label).trim() || image.id)),
-    element("td", {}, plain(image.fw_version)),
-    element("td", {class: "number"}, image.confirmed ? size(image.size) : ""),
-    image.checked ? element("td", {}, "sound")
-      : element("td", {class: image.confirmed ? "bad" : "quiet"},
-        image.confirmed ? "unchecked" : "no binary"),
-    element("td", {class: "wide time"}, TIME.format(new Date(image.created))));
+function listRow({id, label, fw_version, confirmed, checked, size: bytes, created}) {
+  return row(element("a", {href: "#" + id}, plain(label).trim() || id), plain(fw_version),
+    confirmed && size(bytes),
+    checked ? "sound" : confirmed ? element("span", {class: "bad"}, "unchecked") : "no binary",
+    time(created));
 }
 
 function imageView(image) {
-  const layout = image.hex, warnings = layout ? layout.warnings : [];
-  const drawn = layout && layout.segments.length > 0;
-  return [
-    backLink(),
-    element("h2", {id: "title", tabindex: -1}, title(image)),
-    verdictView(image),
-    memberView(image),
-    image.confirmed ? downloadView(image) : may("write") && uploadView(),
-    warnings.length > 0 && element("section", {class: "panel"}, element("h3", {}, "Warnings"),
-      element("ul", {}, ...warnings.map(text => element("li", {}, text)))),
-    drawn && element("section", {class: "panel"}, element("h3", {}, "Memory map"),
-      element("div", {class: "halves"}, drawMap(image), segmentTable(image))),
-    state.dump && dumpView(),
-    may("delete") && deletionView(image),
-  ].filter(Boolean);
-}
-
-function deletionView(image) {
-  const binary = () => confirmDeletion(`Delete the binary of ${title(image)}?`,
-    () => deleteBinary(image));
-  const all = () => confirmDeletion(`Delete ${title(image)} and its binary?`,
-    () => deleteImage(image));
-  return element("section", {class: "row"},
-    image.confirmed && button("Delete binary", binary, "bad"), button("Delete image", all, "bad"));
-}
-
-function verdictView(image) {
-  const count = image.hex ? image.hex.warnings.length : 0;
-  const warned = count ? `, with ${count === 1 ? "a warning" : `${count} warnings`}` : "";
-  const sentence = !image.confirmed ? "Not confirmed: there is no binary yet"
-    : !image.checked ? "Not checked: stored as it is, as this is no sound Intel HEX"
-    : `Checked: sound Intel HEX${warned}`;
-  const kind = image.confirmed && !image.checked ? "verdict bad" : "verdict";
-  return element("p", {class: kind}, sentence);
-}
-
-function memberView(image) {
-  const time = text => TIME.format(new Date(text));
+  const {confirmed, checked, hex: layout} = image, warnings = layout?.warnings || [];
+  const warned = warnings.length ? `, with ${counted(warnings.length, "warning")}` : "";
+  const verdict = !confirmed ? "Not confirmed: there is no binary yet"
+    : checked ? `The binary is confirmed. Checked: sound Intel HEX${warned}`
+    : "The binary is confirmed. Not checked: stored as it is, as this is no sound Intel HEX";
   const members = [
     ["Id", element("code", {}, image.id)],
     ["Created", time(image.created)],
     ["Updated", image.updated && time(image.updated)],
-    ["Binary", image.confirmed ? "confirmed" : "not confirmed"],
-    ["Check", image.confirmed && (image.checked ? "checked" : "not checked")],
-    ["Size", image.confirmed && exactSize(image.size)],
-    ["SHA-256", image.confirmed && element("code", {}, image.sha256)],
-    ["Records", image.hex && `${image.hex.records}, with ${exactSize(image.hex.bytes)} of data`],
-    ["Entry point", image.hex && image.hex.start_address],
+    ["Size", confirmed && exactSize(image.size)],
+    ["SHA-256", confirmed && element("code", {}, image.sha256)],
+    ["Records", layout && `${layout.records}, with ${exactSize(layout.bytes)} of data`],
+    ["Entry point", layout && layout.start_address],
   ].filter(([, value]) => value);
-  const rows = members.flatMap(([name, value]) =>
-    [element("dt", {}, name), element("dd", {}, value)]);
-  return element("section", {class: "panel"}, element("dl", {}, ...rows));
+  return [
+    element("h2", {id: "title", tabindex: -1}, title(image)),
+    element("p", {}, element("strong", {class: confirmed && !checked && "bad"}, verdict)),
+    panel("", element("dl", {}, members.flatMap(([name, value]) =>
+      [element("dt", {}, name), element("dd", {}, value)]))),
+    confirmed ? downloadView(image) : may("write") && uploadView(),
+    warned && panel("Warnings",
+      element("ul", {}, warnings.map(text => element("li", {}, text)))),
+    layout?.segments.length > 0 && panel("Memory map",
+      element("div", {id: "map"}, drawMap(image), segmentTable(segments(image)))),
+    state.dump && dumpView(image),
+    may("delete") && deletionView(image),
+  ];
 }
 
-function windows(image) {  // at most 256 MiB each
-  const found = [];
-  for (const {at, size} of image.hex && hasBytes(image) ? segments(image) : []) {
-    const last = found[found.length - 1];
-    if (last && at + size - last[0] <= 256 * MIB) last[1] = at + size;
-    else found.push([at, at + size]);
-  }
-  return found.slice(0, 20);
+const makeLink = (image, seconds) =>
+  ask("POST", `/image/${image.id}/binary/link`, {json: {expires_in: seconds}});
+
+function download(image, window) {  // by a link, as a browser sends no token
+  attempt("download", async () => {
+    const {search} = new URL((await makeLink(image, 3600)).url);
+    const to = BASE + `/image/${image.id}/binary` + search + window;
+    element("a", {href: to, download: ""}).click();
+  });
 }
 
 function downloadView(image) {
-  const times = [["1 hour", 3600], ["1 day", 86400], ["7 days", 604800], ["30 days", 2592000]];
-  const lasting = element("select", {id: "lasting", onchange: event => {
-    state.lasting = Number(event.target.value);
-  }}, ...times.map(([name, seconds]) =>
-    element("option", {value: seconds, selected: seconds === state.lasting}, name)));
-  const make = () => attempt(async () => {
-    const made = await makeLink(image, state.lasting);
-    if (state.image !== image) return;
-    state.link = made;
-    render();
-    document.querySelector("#link button").focus();
+  // What is further apart than the 256 MiB that the server gives at once makes several files.
+  const bins = image.hex && hasBytes(image) ? groups(segments(image), (group, part) =>
+    part.end - group[0].at <= 256 * MIB) : [];
+  const files = bins.map(group => {
+    const begin = group[0].at, {end} = group.at(-1);
+    const window = `&format=bin&start=${begin}&end=${end}`;
+    return element("span", {}, button("bin", () => download(image, window)),
+      bins.length > 1 && ` from ${address(begin)} to ${address(end - 1)}`);
   });
-  const file = (name, window) => element("a", {href: "#" + encodeURIComponent(image.id),
-    onclick: event => download(event, image, window)}, name);
-  return element("section", {class: "panel"}, element("h3", {}, "Download"),
-    element("p", {}, file("hex", ""), ...windows(image).flatMap(([begin, end], number, all) =>
-      [" · ", file("bin", `&format=bin&start=${begin}&end=${end}`),
-        all.length > 1 && ` from ${address(begin)} to ${address(end - 1)}`])),
+  const times = [["1 hour", 3600], ["1 day", 86400], ["7 days", 604800], ["30 days", 2592000]];
+  const keep = event => { state.lasting = Number(event.target.value); };
+  const lasting = element("select", {id: "lasting", onchange: keep}, times.map(([name, seconds]) =>
+    element("option", {value: seconds, selected: seconds === state.lasting}, name)));
+  const make = async () => {
+    if (await attempt("link", async () => ({link: await makeLink(image, state.lasting)})))
+      document.querySelector("#links button").focus();
+  };
+  return panel("Download",
+    element("div", {class: "row"}, button("hex", () => download(image, "")), files),
     element("div", {class: "row"}, element("label", {}, "Valid for", lasting),
       button("Make a link", make)),
-    state.link && linkView(image));
+    state.link && linkView(image, state.link));
 }
 
-function linkView(image) {
-  const {url, expires} = state.link, name = quoted(fileName(image) + ".hex");
-  const lines = [["Link", url], ["With curl", `curl -f --retry 5 -o ${name} ${quoted(url)}`],
-    ["With wget", `wget -O ${name} ${quoted(url)}`]];
-  return element("div", {id: "link"}, element("p", {class: "quiet"},
-    `Whoever has it can download until ${TIME.format(new Date(expires))}.`),
-  ...lines.map(([title, text]) => element("div", {class: "row"},
-    field(title, {value: text, readonly: true, class: "mono"}),
-    button("Copy", event => attempt(() => copy(text, event.target))))));
+function linkView({label, fw_version}, {url, expires}) {
+  const name = `${label}-${fw_version}`.replace(/[^A-Za-z0-9._+-]+/g, "_").slice(0, 100) + ".hex";
+  const lines = [["Link", url], ["With curl", `curl -f --retry 5 -o ${name} '${url}'`],
+    ["With wget", `wget -O ${name} '${url}'`]];
+  return element("div", {id: "links"},
+    element("p", {class: "quiet"}, `Whoever has it can download until ${time(expires)}.`),
+    lines.map(([title, text]) => element("div", {class: "row"},
+      field(title, {value: text, readonly: true, class: "mono"}), button("Copy", copy))));
 }
 
-function segmentTable(image) {
-  const found = image.hex.segments;
-  const rows = found.slice(0, SEGMENTS).map(part => element("tr", {},
-    element("td", {class: "mono"}, part.address),
-    element("td", {class: "mono"}, address(Number(part.address) + part.size - 1)),
-    element("td", {class: "number"}, exactSize(part.size))));
-  const more = found.length - rows.length;
-  return element("div", {class: "scroll", tabindex: 0, role: "group", "aria-label": "Segments"},
-    table([["From", ""], ["To", ""], ["Size", "number"]], element("tbody", {}, ...rows)),
+function copy({target: pressed}) {  // over plain http there is no navigator.clipboard
+  const shown = pressed.parentElement.querySelector("input");
+  shown.focus();
+  shown.select();
+  if (document.execCommand("copy")) pressed.textContent = "Copied";
+  setTimeout(() => { pressed.textContent = "Copy"; }, 2000);
+}
+
+function segmentTable(parts) {
+  const rows = parts.slice(0, SEGMENTS).map(({at, end}) => row(element("code", {}, address(at)),
+    element("code", {}, address(end - 1)), exactSize(end - at)));
+  const more = parts.length - rows.length;
+  return element("div", {}, table(["From", "To", "Size"], element("tbody", {}, rows)),
     more > 0 && element("p", {class: "quiet"}, `and ${more} more segments`));
 }
 
-function dumpView() {
+function dumpView(image) {
+  const {text, next} = state.dump;
+  const show = from => attempt("dump", () => readDump(image, from));
   const jump = event => {
-    event.preventDefault();
-    const text = state.goTo.trim();
-    const copied = /^(?=.*[a-f])[0-9a-f]{8}$/i.test(text);  // from the hex dump
-    attempt(async () => {
-      if (!copied && !/^(0x[0-9a-f]{1,8}|\d{1,10})$/i.test(text))
-        throw new Error("Go to takes an address: 0x08000000, or a decimal number");
-      await showDump(Number(copied ? "0x" + text : text));
-    }, {where: "dump"});
+    state.goTo = event.target.elements.goto.value.trim();
+    show(Number(state.goTo));
   };
-  const {next} = state.dump;
-  return element("section", {class: "panel"}, element("h3", {}, "Contents"),
+  return panel("Contents",
     element("form", {class: "row", onsubmit: jump},
-      field("Go to", {id: "goto", spellcheck: "false", placeholder: "0x08000000",
-        value: state.goTo, oninput: event => { state.goTo = event.target.value; }}),
-      button("First", () => attempt(() => showDump(null))),
-      element("button", {type: "button", disabled: next === null,
-        onclick: () => attempt(() => showDump(next))}, "Next")),
-    alertView("dump") || element("p", {}),
-    element("pre", {id: "dump", tabindex: 0, "aria-label": "Hex dump"}, dumpText(state.dump)));
+      field("Go to", {required: true, placeholder: "0x08000000", value: state.goTo}),
+      button("First", () => show(0)),
+      button("Next", () => show(next), {disabled: next === null})),
+    element("pre", {id: "dump", tabindex: 0, "aria-label": "Hex dump"}, text));
 }
 
-addEventListener("hashchange", go);
+function deletionView(image) {
+  const name = title(image), whole = `/image/${image.id}`;
+  return element("div", {class: "row"}, image.confirmed
+    && deletion("Delete binary", `the binary of ${name}`, whole + "/binary", image.id),
+  deletion("Delete image", `${name} and its binary`, whole, ""));
+}
+
+function deletion(text, what, path, next) {
+  const remove = async () => {
+    dialog.close();
+    if (!await attempt("deletion", async () => { await ask("DELETE", path); })) return;
+    history.replaceState(null, "", "#" + next);  // Back must not lead to what is gone
+    go(`Deleted: ${what}.`);
+  };
+  const question = `Delete ${what}?`;
+  const dialog = element("dialog", {"aria-label": question, onclose: () => dialog.remove()},
+    element("p", {}, question),
+    element("p", {class: "row"}, button("Delete", remove, {class: "bad"}),
+      button("Cancel", () => dialog.close(), {autofocus: true})));
+  return button(text, () => {
+    document.body.append(dialog);
+    dialog.showModal();
+  }, {class: "bad"});
+}
+
+addEventListener("hashchange", () => go());
+addEventListener("submit", event => event.preventDefault());  // each form has its function
+addEventListener("beforeunload", event => state.upload && event.preventDefault());
 addEventListener("dragover", event => {
-  if (!event.dataTransfer.types.includes("Files")) return;
-  event.preventDefault();
-  document.documentElement.classList.add("dropping");
+  if (event.dataTransfer.types.includes("Files")) event.preventDefault();  // or none is dropped
 });
-addEventListener("dragleave", () => document.documentElement.classList.remove("dropping"));
 addEventListener("drop", event => {
-  document.documentElement.classList.remove("dropping");
   const [file] = event.dataTransfer.files;
   if (!file) return;  // text, for a field
-  event.preventDefault();
-  if (!state.token || !may("write") || state.upload) return;
-  if (place() && !(state.image && !state.image.confirmed)) location.hash = "";
+  event.preventDefault();  // or the browser would show it
+  if (!may("write") || state.upload) return;
+  if (place() && state.image?.confirmed !== false) location.hash = "";
   choose(file);
-});
-addEventListener("beforeunload", event => {
-  if (state.upload) event.preventDefault();
 });
 go();
 """
 
-PAGE_ICON = urllib.parse.quote(
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">'
-    '<path fill="#0b6e75" d="M1 1h6v6H1z"/></svg>'
-)
 PAGE_HTML = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Image Manager</title>
-<link rel="icon" href="data:image/svg+xml,{PAGE_ICON}">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'
+ viewBox='0 0 8 8'><path fill='teal' d='M1 1h6v6H1z'/></svg>">
 <style>{PAGE_STYLE}</style>
 </head>
 <body>

@@ -5518,7 +5518,7 @@ def test_page_takes_a_file_in_one_step_and_shows_what_is_in_it(bench, tmp_path):
     page.fill("Go to", "0x200")
     page.press("Enter", 13, "\r")
     page.wait("document.querySelector('#dump').textContent.startsWith('08000000')")
-    page.fill("Go to", "0000010A")  # as the dump writes it
+    page.fill("Go to", "266")
     page.press("Enter", 13, "\r")
     page.wait("document.querySelector('#dump').textContent.startsWith('00000100')")
     page.fill("Go to", "0x9000000")
@@ -5639,10 +5639,11 @@ def test_page_stores_unchecked_what_is_refused_where_that_is_wished(bench, tmp_p
     page = tab()
     page.choose(write(tmp_path / "a-1.0.0.hex", b":00000001"))
     page.click("Upload")
-    page.click("Store it unchecked")
+    page.wait("button('Store it unchecked')")
+    page.js("[button('Store it unchecked')].map(one => [one.click(), one.click()])")
     page.sees("Not checked: stored as it is", "00000000  3A 30 30 30 30 30 30 30 31 ..")
     page.js("location.hash = ''")
-    page.sees("unchecked")
+    page.sees("unchecked", "1 of 1 images")
 
 
 def test_page_shows_nothing_where_it_does_not_belong(bench, monkeypatch):
@@ -5816,6 +5817,10 @@ def test_page_cuts_each_long_gap_and_marks_an_entry_point_without_data(bench):
         "[...document.querySelectorAll('svg .data')].map(one => Number(one.getAttribute('height')))"
     )
     assert page.js(heights) == [20] * 12
+    rows = [record(0, 200 * n, bytes(200)) for n in range(5)]
+    content = "".join([*rows, record(4, 0, b"\x10\0"), record(0, 0, b"x"), END]).encode()
+    page.open(client_of(server.application).stored(content))
+    page.wait("document.querySelectorAll('svg .data').length === 2")  # however small
 
 
 def test_page_downloads_from_its_own_origin_though_links_name_another(browser, tmp_path):
@@ -5891,11 +5896,11 @@ def test_page_deletes_after_it_has_asked(bench):
     assert client.get(f"/image/{image_id}").json["confirmed"]
     page.click("Delete binary")
     page.click("Delete")
-    page.sees("Not confirmed", "The binary of sensor 1.0.0 is deleted.")
+    page.sees("Not confirmed", "Deleted: the binary of sensor 1.0.0.")
     page.click("Delete image")
     page.sees("Delete sensor 1.0.0 and its binary?")
     page.click("Delete")
-    page.sees("No image is stored yet.", "sensor 1.0.0 is deleted.")
+    page.sees("No image is stored yet.", "Deleted: sensor 1.0.0 and its binary.")
     client.get(f"/image/{image_id}", status=404)
 
 
@@ -5987,7 +5992,10 @@ def test_page_works_at_both_addresses(browser, tmp_path, prefix):
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_page_fits_a_phone_and_has_no_fault_that_axe_knows(bench, tmp_path, mode):
     server, tab = bench
-    image_id = client_of(server.application).stored(layout_of_gaps())
+    client = client_of(server.application)
+    for number in range(5):
+        client.stored(label=f"label {number}")
+    image_id = client.stored(layout_of_gaps())
     page = tab(width=390)
     page.ask(
         "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": mode}]
@@ -6002,7 +6010,8 @@ def test_page_fits_a_phone_and_has_no_fault_that_axe_knows(bench, tmp_path, mode
                             " + ': ' + one.nodes.map(node => node.html).join(' ')))")  # fmt: skip
             assert found == []
 
-    page.sees("sensor")
+    page.sees("sensor", "6 of 6 images")
+    assert page.js("[...document.querySelectorAll('tr')].every(row => row.offsetHeight)")
     background = page.js("getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 25, 29)"}[mode]
     fits()
