@@ -4254,8 +4254,8 @@ const plain = text => text.replace(/[\u061c\u200e\u200f\u2028-\u202e\u2066-\u206
 const hex = (number, digits) => number.toString(16).toUpperCase().padStart(digits, "0");
 const address = number => "0x" + hex(number, 8);
 const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
-const time = text =>
-  new Date(text).toLocaleString(undefined, {dateStyle: "medium", timeStyle: "medium"});
+const TIME = new Intl.DateTimeFormat(undefined, {dateStyle: "medium", timeStyle: "medium"});
+const time = text => TIME.format(new Date(text));
 const title = image => plain(`${image.label} ${image.fw_version}`);
 
 function size(bytes) {
@@ -4315,7 +4315,9 @@ async function attempt(kind, action, reset = {}) {
 function readToken() {  // who it is for and what it may do; the server alone checks it
   let claims = null;
   try {
-    claims = JSON.parse(atob(state.token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/")));
+    const part = atob(state.token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/"));
+    const bytes = Uint8Array.from(part, character => character.charCodeAt(0));
+    claims = JSON.parse(new TextDecoder().decode(bytes));
   } catch { /* the server will say what is wrong with it */ }
   const words = [claims?.scope].flat().join(" ").split(" ");
   const named = RIGHTS.filter(right => words.includes("image:" + right));
@@ -4659,12 +4661,16 @@ function imageView(image) {
 const makeLink = (image, seconds) =>
   ask("POST", `/image/${image.id}/binary/link`, {json: {expires_in: seconds}});
 
-function download(image, window) {  // by a link, as a browser sends no token
-  attempt("download", async () => {
+function downloadLink(text, image, window) {  // by a signed link, as a browser sends no token
+  const download = async () => {
     const {search} = new URL((await makeLink(image, 3600)).url);
     const to = BASE + `/image/${image.id}/binary` + search + window;
     element("a", {href: to, download: ""}).click();
-  });
+  };
+  return element("a", {href: "#" + image.id, onclick: event => {
+    event.preventDefault();
+    attempt("download", download);
+  }}, text);
 }
 
 function downloadView(image) {
@@ -4674,7 +4680,7 @@ function downloadView(image) {
   const files = bins.map(group => {
     const begin = group[0].at, {end} = group.at(-1);
     const window = `&format=bin&start=${begin}&end=${end}`;
-    return element("span", {}, button("bin", () => download(image, window)),
+    return element("span", {}, downloadLink("bin", image, window),
       bins.length > 1 && ` from ${address(begin)} to ${address(end - 1)}`);
   });
   const times = [["1 hour", 3600], ["1 day", 86400], ["7 days", 604800], ["30 days", 2592000]];
@@ -4686,16 +4692,16 @@ function downloadView(image) {
       document.querySelector("#links button").focus();
   };
   return panel("Download",
-    element("div", {class: "row"}, button("hex", () => download(image, "")), files),
+    element("div", {class: "row"}, downloadLink("hex", image, ""), files),
     element("div", {class: "row"}, element("label", {}, "Valid for", lasting),
       button("Make a link", make)),
     state.link && linkView(image, state.link));
 }
 
 function linkView({label, fw_version}, {url, expires}) {
-  const name = `${label}-${fw_version}`.replace(/[^A-Za-z0-9._+-]+/g, "_").slice(0, 100) + ".hex";
-  const lines = [["Link", url], ["With curl", `curl -f --retry 5 -o ${name} '${url}'`],
-    ["With wget", `wget -O ${name} '${url}'`]];
+  const name = `${label}-${fw_version}`.replace(/[^A-Za-z0-9._+-]+/g, "_").slice(0, 100);
+  const lines = [["Link", url], ["With curl", `curl -f --retry 5 -o '${name}.hex' '${url}'`],
+    ["With wget", `wget -O '${name}.hex' '${url}'`]];
   return element("div", {id: "links"},
     element("p", {class: "quiet"}, `Whoever has it can download until ${time(expires)}.`),
     lines.map(([title, text]) => element("div", {class: "row"},
