@@ -4440,6 +4440,11 @@ function groups(items, belongs) {  // what follows one another and belongs toget
   return found;
 }
 
+function isOutside(image) {  // the entry point, of all that the file has
+  const at = Number(image.hex.start_address), parts = segments(image);
+  return !parts.length || at < parts[0].at || at >= parts.at(-1).end;
+}
+
 const total = pieces => pieces.reduce((sum, {at, end}) => sum + end - at, 0);
 
 function drawMap(image) {
@@ -4452,7 +4457,7 @@ function drawMap(image) {
   });
   const cuts = pieces.filter(({kind}) => kind === "cut");
   const scale = 240 / (end - begin - total(cuts));
-  const mark = Math.min(Math.max(Number(entry), begin), end);
+  const mark = Number(entry);
   let y = 14, drawn = 0, labelled = -20, marked = y;
   const label = (text, at, kind = "") => {
     if (at < labelled + 16) return;  // it would lie on the one above
@@ -4472,7 +4477,7 @@ function drawMap(image) {
     y += height;
   }
   label(`${address(end)} end`, Math.max(y, labelled + 16), "gap");
-  if (entry) shapes.push(element("text", {x: 232, y: marked + 4}, "entry point"),
+  if (entry && !isOutside(image)) shapes.push(element("text", {x: 232, y: marked + 4}, "entry point"),
     element("path", {class: "entry", d: `M0 ${marked - 6}l12 6l-12 6z`}));
   const said = `Memory map: ${counted(parts.length, "segment")} with ${exactSize(data)} `
     + `from ${address(begin)} to ${address(end)}` + (entry ? `, entry point ${entry}` : "");
@@ -4482,7 +4487,7 @@ function drawMap(image) {
 }
 
 async function readDump(image, from) {
-  if (!Number.isInteger(from))
+  if (Number.isNaN(from))
     throw new Error("Go to takes an address: 0x08000000, or a decimal number");
   const parts = segments(image), lines = new Set();  // the addresses where lines begin
   for (const part of parts.filter(part => part.end > from)) {
@@ -4558,7 +4563,7 @@ function tokenView() {
     element("p", {}, "A token lets you in. Whoever runs the service makes one with ",
       element("code", {}, "python image_manager.py token"), "."),
     element("div", {class: "row"},
-      field("Token", {required: true, class: "mono", value: state.token}),
+      field("Token", {required: true, autofocus: true, class: "mono", value: state.token}),
       element("button", {class: "main"}, "Use token")));
 }
 
@@ -4586,8 +4591,10 @@ function uploadView() {
 function sendingView() {
   return state.upload && panel(`Uploading ${plain(state.upload.file.name)}`,
     element("div", {id: "sending", class: "row"},
+      // At the left end, where no second click on Upload hits it.
+      button("Cancel", cancel, {id: "cancel"}),
       element("progress", {id: "progress", class: "grow", "aria-label": "Upload"}),
-      element("span", {id: "sent", role: "status"}), button("Cancel", cancel, {id: "cancel"})));
+      element("span", {id: "sent", role: "status"})));
 }
 
 function showProgress(sent) {
@@ -4610,7 +4617,7 @@ function listView() {
     Object.assign(state, {filter: filter.lastChild.value, shown});
     const sought = state.filter.trim().toLowerCase();
     const found = images.filter(({label, fw_version, id}) =>
-      `${label}\n${fw_version}\n${id}`.toLowerCase().includes(sought));
+      `${label} ${fw_version} ${id}`.toLowerCase().includes(sought));
     fill(rows, found.slice(0, shown).map(listRow));
     count.textContent = images.length ? `${found.length} of ${images.length} images`
       : "No image is stored yet.";
@@ -4641,11 +4648,14 @@ function imageView(image) {
     ["Size", confirmed && exactSize(image.size)],
     ["SHA-256", confirmed && element("code", {}, image.sha256)],
     ["Records", layout && `${layout.records}, with ${exactSize(layout.bytes)} of data`],
-    ["Entry point", layout && layout.start_address],
+    ["Entry point", layout?.start_address && layout.start_address
+      + (isOutside(image) ? ", where there are no data" : "")],
   ].filter(([, value]) => value);
   return [
-    element("h2", {id: "title", tabindex: -1}, title(image)),
-    element("p", {}, element("strong", {class: confirmed && !checked && "bad"}, verdict)),
+    element("h2", {id: "title", tabindex: -1},
+      element("bdi", {}, plain(image.label)), " ", element("bdi", {}, plain(image.fw_version))),
+    element("p", {}, element("strong", {class: checked ? "" : confirmed ? "bad" : "quiet"},
+      verdict)),
     panel("", element("dl", {}, members.flatMap(([name, value]) =>
       [element("dt", {}, name), element("dd", {}, value)]))),
     confirmed ? downloadView(image) : may("write") && uploadView(),
@@ -4681,10 +4691,13 @@ function downloadView(image) {
     const begin = group[0].at, {end} = group.at(-1);
     const window = `&format=bin&start=${begin}&end=${end}`;
     return element("span", {}, downloadLink("bin", image, window),
-      bins.length > 1 && ` from ${address(begin)} to ${address(end - 1)}`);
+      ` from ${address(begin)} to ${address(end - 1)}, ${size(end - begin)}`);
   });
   const times = [["1 hour", 3600], ["1 day", 86400], ["7 days", 604800], ["30 days", 2592000]];
-  const keep = event => { state.lasting = Number(event.target.value); };
+  const keep = event => {
+    Object.assign(state, {lasting: Number(event.target.value), link: null});
+    render();
+  };
   const lasting = element("select", {id: "lasting", onchange: keep}, times.map(([name, seconds]) =>
     element("option", {value: seconds, selected: seconds === state.lasting}, name)));
   const make = async () => {
@@ -4703,7 +4716,7 @@ function linkView({label, fw_version}, {url, expires}) {
   const lines = [["Link", url], ["With curl", `curl -f --retry 5 -o '${name}.hex' '${url}'`],
     ["With wget", `wget -O '${name}.hex' '${url}'`]];
   return element("div", {id: "links"},
-    element("p", {class: "quiet"}, `Whoever has it can download until ${time(expires)}.`),
+    element("p", {class: "quiet"}, `Whoever has this link can download until ${time(expires)}.`),
     lines.map(([title, text]) => element("div", {class: "row"},
       field(title, {value: text, readonly: true, class: "mono"}), button("Copy", copy))));
 }
@@ -4728,8 +4741,10 @@ function dumpView(image) {
   const {text, next} = state.dump;
   const show = from => attempt("dump", () => readDump(image, from));
   const jump = event => {
-    state.goTo = event.target.elements.goto.value.trim();
-    show(Number(state.goTo));
+    const text = state.goTo = event.target.elements.goto.value.trim();
+    const isCopied = /^(?=0|.*[a-f])[0-9a-f]{8}$/i.test(text);  // from the dump: hexadecimal
+    const isAddress = /^(0x[0-9a-f]{1,8}|[0-9]{1,10})$/i.test(text);
+    show(isCopied ? parseInt(text, 16) : isAddress ? Number(text) : NaN);
   };
   return panel("Contents",
     element("form", {class: "row", onsubmit: jump},
@@ -4743,7 +4758,7 @@ function deletionView(image) {
   const name = title(image), whole = `/image/${image.id}`;
   return element("div", {class: "row"}, image.confirmed
     && deletion("Delete binary", `the binary of ${name}`, whole + "/binary", image.id),
-  deletion("Delete image", `${name} and its binary`, whole, ""));
+  deletion("Delete image", image.confirmed ? `${name} and its binary` : name, whole, ""));
 }
 
 function deletion(text, what, path, next) {

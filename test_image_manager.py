@@ -5202,7 +5202,8 @@ def test_page_keeps_a_token_though_the_one_before_is_refused_late(bench, browser
     with contextlib.closing(Tab(browser, server)) as page:
         page.fill("Token", "wrong")
         page.click("Use token")
-        page.js(f"(sessionStorage.setItem('token', {server.token()!r}), location.reload())")
+        page.js(f"sessionStorage.setItem('token', {server.token()!r})")
+        page.ask("Page.reload")
         page.sees("No image is stored yet.")
         page.click("Forget token")
         page.fill("Token", "wrong")
@@ -5308,7 +5309,7 @@ def test_page_makes_links_and_commands_that_work(bench, tmp_path):
     page.wait("field('Link')")
     link = page.js("field('Link').value")
     assert urllib.request.urlopen(link).read() == content
-    page.sees("Whoever has it can download until ")
+    page.sees("Whoever has this link can download until ")
     expires = int(urllib.parse.parse_qs(link.partition("?")[2])["expires"][0])
     assert abs(expires - time.time() - 86400) < 60
     for name, tool in (("With curl", "curl"), ("With wget", "wget")):
@@ -5356,9 +5357,9 @@ def test_page_deletes_after_it_has_asked(bench):
     page.click("Delete")
     page.sees("Not confirmed", "Deleted: the binary of sensor 1.0.0.")
     page.click("Delete image")
-    page.sees("Delete sensor 1.0.0 and its binary?")
+    page.sees("Delete sensor 1.0.0?")
     page.click("Delete")
-    page.sees("No image is stored yet.", "Deleted: sensor 1.0.0 and its binary.")
+    page.sees("No image is stored yet.", "Deleted: sensor 1.0.0.")
     client.get(f"/image/{image_id}", status=404)
 
 
