@@ -2445,23 +2445,23 @@ def check_part(part: multipart.MultipartSegment, name: str, found: bool) -> None
 # ------------------------------------------------------------------------------------- API
 # All paths in one table, with the right that each needs, and its description for programs.
 
-PUBLIC = ""  # in the place of a right: needs no token, and looks at none
+PUBLIC = ""  # the right of a route that needs no token, and looks at none
 
 
 class Route(NamedTuple):
     """A line of the API. The right it needs has no default, so that no route can forget it."""
 
     method: str  # GET stands for HEAD as well
-    path: str
-    handler: str  # a method of Application; it also gets what <...> in the path matches
+    path: str  # as Bottle writes it: <image_id> matches all up to the next slash
+    handler: str  # a method of Application: takes environ, the Caller, and what <...> matched
     right: str
-    query: tuple[str, ...] = ()  # all parameters that the query may have; see PARAMETERS
+    query: tuple[str, ...] = ()  # keys of PARAMETERS: all that the query may have
     takes: str = ""  # a key of BODIES
     gives: str = "Image"  # a key of SCHEMAS
-    answers: tuple[int, ...] = (200,)  # the statuses, besides those that describe_route adds
+    answers: tuple[int, ...] = (200,)  # the statuses that do not follow from other columns
     by_link: bool = False  # a signed link will do instead of a token
-    quick: bool = False  # takes no time, so that the thread of the loop answers it itself
-    needs: tuple[str, ...] = ()  # the parameters that the query must have
+    quick: bool = False  # so fast that the event loop answers it, without another thread
+    needs: tuple[str, ...] = ()  # those of query that must be there
 
 
 LABELS = ("label", "fw_version")  # members that a client must give, and may change
@@ -2491,7 +2491,7 @@ ROUTES = (
 )  # fmt: skip
 
 
-# From here on, what OpenAPI says: schemas in the words of JSON Schema, then the operations.
+# The rest of this section describes the API as OpenAPI 3.1, whose schemas are JSON Schema.
 
 
 def string(**limits: Any) -> dict[str, Any]:
@@ -2503,6 +2503,7 @@ def integer(minimum: int, maximum: int) -> dict[str, Any]:
 
 
 def json_object(required: dict[str, Any], **others: Any) -> dict[str, Any]:
+    """Return the schema of an object that has `required` members, and may have others."""
     return {"type": "object", "properties": required | others, "required": list(required)}
 
 
@@ -2599,6 +2600,7 @@ def describe_route(route: Route, summary: str) -> dict[str, Any]:
 
 
 def describe_response(route: Route, status: int) -> dict[str, Any]:
+    """Return what a route answers with a status, as a response of OpenAPI."""
     described = {"description": http.HTTPStatus(status).phrase}
     if status in (204, 304):  # they have no body
         return described
@@ -2610,12 +2612,13 @@ def describe_response(route: Route, status: int) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------- admission
 # Which route a request takes, who asks, whether they may, and whether the body can be what the
-# route takes: all that the header of a request tells. Our own server has a request with a body
-# admitted before the body has come; any other request is admitted when it is answered.
+# route takes: all this the header of a request tells. So our own server asks for it before it
+# takes a body; all other requests, and those under another WSGI server, are admitted when they are
+# answered.
 
 Environ = dict[str, Any]
-# Keys of environ: the Route and what <...> in its path matched; the Caller, once it is known; that
-# a signed link is used, sound or not; that the request has been admitted.
+# What admission notes in environ: the Route with what <...> in its path matched; the Caller; that
+# a signed link was used, be it genuine or not; that the request has been admitted.
 ROUTE, CALLER = "image_manager.route", "image_manager.caller"
 BY_LINK, ADMITTED = "image_manager.by_link", "image_manager.admitted"
 
@@ -2628,9 +2631,9 @@ EXPOSED_HEADERS = ("Access-Control-Expose-Headers",
 
 
 def origin_headers(environ: Mapping[str, Any], allowed: str) -> Headers:
-    """Return what lets a page of another origin read an answer; any page may read a link's.
+    """Return the headers that let a web page of another origin read an answer.
 
-    `allowed` is an origin, * for any, "" for none.
+    `allowed` is an origin, * for any, "" for none. What a signed link gives, any page may read.
     """
     origin = "*" if BY_LINK in environ else allowed
     vary = [("Vary", "Origin")] if origin not in ("", "*") else []
@@ -2640,8 +2643,11 @@ def origin_headers(environ: Mapping[str, Any], allowed: str) -> Headers:
 
 
 def require_parameters(route: Route, environ: Environ) -> None:
-    """Raise BadRequest unless the query has what the route needs, and no more than it takes."""
-    # A binary's path lets pass what else is in a query, as a link has parameters of its own.
+    """Raise BadRequest unless the query has all that the route needs, and nothing else it knows.
+
+    Else the sender of a mistyped check of an upload would believe that it was made.
+    """
+    # A download's query may hold more, as a signed link has parameters of its own.
     if route.query and not route.by_link:
         query = parse_query(environ)
         if not {*route.needs} <= query.keys() <= {*route.query} or not all(query.values()):
@@ -2664,15 +2670,16 @@ def require_body(route: Route, environ: Environ) -> None:
 
 
 class Admission:
-    """Tells from the header of a request alone who asks, and whether they may."""
+    """Tells from the header of a request alone which route it takes, who asks, and if they may."""
 
     def __init__(
         self, settings: Settings, tokens: Tokens, catalogue: Catalogue, binaries: BinaryStore
     ) -> None:
         self._settings, self._tokens = settings, tokens
         self._catalogue, self._binaries = catalogue, binaries
-        # Bottle finds the path alone. If it looked for the method as well, a PUT to /image/latest
-        # would be one to the image of that id.
+        self._limits = {"file": settings.max_upload, "form": settings.max_upload + JSON_LIMIT}
+        # Bottle looks for the path alone, without the method: otherwise it would take PUT
+        # /image/latest, which no route has, for a request to an image whose id is "latest".
         self._router = bottle.Router()
         for path in {route.path for route in ROUTES}:
             routes = {route.method: route for route in ROUTES if route.path == path}
@@ -2699,7 +2706,8 @@ class Admission:
     def preflight(self, environ: Environ) -> dict[str, str]:
         """Return the headers that tell a page of another origin what it may send to a path.
 
-        There are none where it may send nothing, or does not ask. Raises NotFound.
+        Returns {} where it may send nothing, or where this is no preflight request of the CORS
+        protocol. Raises NotFound.
         """
         routes, _ = self._routes(environ)
         if not {"HTTP_ORIGIN", "HTTP_ACCESS_CONTROL_REQUEST_METHOD"} <= environ.keys():
@@ -2716,9 +2724,9 @@ class Admission:
         }
 
     def admit(self, environ: Environ) -> int:
-        """Let a request in, note its route and caller in environ; return its body's limit in bytes.
+        """Let a request in, which environ then says; return how many bytes its body may have.
 
-        Raises the ServiceError that is the answer where it may not be made.
+        Raises the ServiceError that is the answer to a request that may not be made.
         """
         routes, names = self._routes(environ)
         route = routes.get(environ["REQUEST_METHOD"])
@@ -2731,20 +2739,19 @@ class Admission:
             raise ServiceError(f"This token does not give the right {route.right}", challenge, 403)
         require_parameters(route, environ)
         require_body(route, environ)
-        largest = self._settings.max_upload
-        limits = {"file": largest, "form": largest + JSON_LIMIT}
-        limit = limits.get(route.takes, JSON_LIMIT)
+        limit = self._limits.get(route.takes, JSON_LIMIT)
         announced = environ.get("CONTENT_LENGTH") or "0"
-        # int() raises above 4,300 digits, zeros in front included.
+        # int() raises ValueError above 4,300 digits, leading zeros included.
         size = int(announced.lstrip("0")[:18] or 0) if announced.isdecimal() else 0
         if size > limit:
             raise TooLarge(limit)
-        if route.takes in limits:
+        if route.takes in self._limits:
             require_space(self._binaries.uploads, size)
         environ[ADMITTED] = True
         return limit
 
     def _caller(self, route: Route, environ: Environ, names: Mapping[str, str]) -> Caller:
+        """Return who asks, by a signed link or a token; raises Unauthorised, NoSuchImage."""
         if route.right == PUBLIC:
             return Caller("", frozenset([PUBLIC]))
         if route.by_link and "signature" in (query := parse_query(environ)):
@@ -2758,7 +2765,7 @@ class Admission:
 # ------------------------------------------------------------------------------------- application
 # The handlers of all routes. The two stores meet only here.
 
-SMALL_RANGE = 64 * KIB  # bytes; so many are read at once, more are sent from the open file
+SMALL_RANGE = 64 * KIB  # bytes; what is larger is sent from the open file instead of read first
 
 
 def require_sound(catalogue: Catalogue, check: str = "quick_check") -> None:
@@ -2778,20 +2785,18 @@ def require_catalogue(catalogue: Catalogue, binaries: BinaryStore) -> None:
         raise CannotStart(f"{binaries.folder} holds binaries no catalogue knows of: {remedy}")
 
 
-def json_response(
-    content: object, status: int = 200, headers: Mapping[str, str] | None = None
-) -> bottle.HTTPResponse:
-    """Return an answer in JSON, which a string is already."""
+def json_response(content: object, status: int = 200, **headers: str) -> bottle.HTTPResponse:
+    """Return an answer in JSON; a string is JSON already."""
     text = content if isinstance(content, str) else json.dumps(content, separators=(",", ":"))
     # Without no-store a cache may keep a 404 as long as it likes: RFC 9111, 4.2.2.
-    always = {"Content-Type": "application/json", "Cache-Control": "no-store"}
-    return bottle.HTTPResponse(text, status, {**always, **(headers or {})})
+    headers = {"Content-Type": "application/json", "Cache-Control": "no-store", **headers}
+    return bottle.HTTPResponse(text, status, headers)
 
 
 def parse_members(environ: Environ, required: bool) -> dict[str, str]:
-    """Return label and version from a body: both if `required`, else at least one.
+    """Return label and version from a body in JSON: both if `required`, else at least one.
 
-    Raises BadRequest, and FaultyImage with all reasons at once.
+    Raises BadRequest where it is no JSON object, FaultyImage with the reasons of all faults.
     """
     members = parse_json(environ)
     errors: dict[str, list[str]] = {}
@@ -2822,7 +2827,7 @@ def attachment(image: Image, suffix: str) -> str:
 
 
 def permit_by(environ: Environ) -> Permit:
-    """Return a Permit that checks the conditions of a request, such as If-Match."""
+    """Return a Permit that checks an image by the conditions of a request, such as If-Match."""
 
     def permit(image: Image) -> None:
         current = None
@@ -2838,9 +2843,10 @@ def permit_by(environ: Environ) -> Permit:
 def download_response(
     environ: Environ, stored: str, excerpt: Excerpt, headers: dict[str, str]
 ) -> bottle.HTTPResponse:
-    """Return an excerpt, or a range of it, as the conditions of the request ask for.
+    """Return an excerpt, or the range of it that is asked for, if the request's conditions hold.
 
-    `stored` is when the binary was. Raises PreconditionFailed, and ServiceError 416.
+    `stored` is the time when the binary was stored, as in the catalogue. Raises PreconditionFailed,
+    or ServiceError 416.
     """
     modified, headers["Last-Modified"] = last_modified(stored)
     current = Validators(headers["ETag"], modified)
@@ -2881,8 +2887,7 @@ class Application:
 
     def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
         """Answer a request as PEP 3333 has it."""
-        is_head = environ["REQUEST_METHOD"] == "HEAD"
-        status, headers, body = self._complete(self._respond(environ), environ, is_head)
+        status, headers, body = self._respond(environ)
         start_response(status, headers)
         if isinstance(body, bytes):
             return [body]
@@ -2890,49 +2895,62 @@ class Application:
         return file_wrapper(body)  # type: ignore[no-any-return]
 
     def answer(self, request: Request, last: bool) -> Answer:
-        """Return the answer to a request, `last` where its connection is to end with that."""
-        response = self._respond(request.environ)
-        parts = self._complete(response, request.environ, request.command == "HEAD")
-        keep = not last and request.keeps_open(response.status_code)
-        return Answer.make(*parts, request.version, keep)
+        """Return the answer to a request; `last` where the connection is to be closed after it."""
+        status, headers, body = self._respond(request.environ)
+        keep = not last and request.keeps_open(int(status[:3]))
+        return Answer.make(status, headers, body, request.version, keep)
 
     def refuse(self, error: Exception, is_head: bool, environ: Environ) -> Answer:
-        """Return the answer to what is no request, or whose body is of no use: the last one."""
-        parts = self._complete(self._error_response(error, environ), environ, is_head)
-        return Answer.make(*parts, "1.1", False)
+        """Return the answer to what is no request, or one whose body is not taken.
+
+        It is the last on its connection, as nobody knows where the next request would begin.
+        `environ` is empty where there is no request.
+        """
+        environ = {"REQUEST_METHOD": "HEAD" if is_head else "", **environ}
+        return Answer.make(*self._respond(environ, error), "1.1", False)
 
     def is_quick(self, method: str, path: str, query: str) -> bool:
         """Tell whether a request is one to answer at once rather than in a thread."""
-        window = "format" in query or "%" in query  # it may have very many segments
+        # A window may have very many segments; a % may hide the word format.
+        window = "format" in query or "%" in query
         path = self.admission.route_path(path)
         return method in ("GET", "HEAD") and path not in self._slow and not window
 
-    def _respond(self, environ: Environ) -> bottle.HTTPResponse:
-        """Return the response to a request, which may be an error's."""
+    def _respond(
+        self, environ: Environ, error: Exception | None = None
+    ) -> tuple[str, Headers, bytes | Excerpt]:
+        """Return status, headers and body of the answer to a request or an error, and log it."""
         try:
-            if environ["REQUEST_METHOD"] == "OPTIONS":
-                if granted := self.admission.preflight(environ):
-                    return bottle.HTTPResponse(status=204, headers=granted)
-            if ADMITTED not in environ:
-                self.admission.admit(environ)
-            route, names = environ[ROUTE]
-            response = getattr(self, route.handler)(environ, environ[CALLER], **names)
-        except Exception as error:
-            return self._error_response(error, environ)
-        self._log(environ, response.status_code)
-        return response
+            response = self._error_response(error) if error else self._handle(environ)
+        except Exception as caught:
+            error, response = caught, self._error_response(caught)
+        self._log(environ, response.status_code, error)
+        body = response.body.encode() if isinstance(response.body, str) else response.body
+        if "Content-Length" not in response:  # Bottle leaves it out of a 204 and a 304
+            response["Content-Length"] = len(body)
+        headers = response.headerlist + origin_headers(environ, self.settings.allow_origin)
+        return response.status_line, headers, b"" if environ["REQUEST_METHOD"] == "HEAD" else body
 
-    def _error_response(self, error: Exception, environ: Environ) -> bottle.HTTPResponse:
-        """Return the response for an error, in JSON; log what an operator should know of."""
+    def _handle(self, environ: Environ) -> bottle.HTTPResponse:
+        """Admit a request, unless the server has had that done, and let its handler respond."""
+        if environ["REQUEST_METHOD"] == "OPTIONS":
+            if granted := self.admission.preflight(environ):
+                return bottle.HTTPResponse(status=204, headers=granted)
+        if ADMITTED not in environ:
+            self.admission.admit(environ)
+        route, names = environ[ROUTE]
+        return getattr(self, route.handler)(environ, environ[CALLER], **names)
+
+    def _error_response(self, error: Exception) -> bottle.HTTPResponse:
+        """Return the response for an error, in JSON; log those that an operator must see to."""
         if not isinstance(error, ServiceError):
             log.error("a request could not be answered", exc_info=error)
             error = ServiceError()
         elif error.status in (500, 503) and not isinstance(error, MustWait):
             log.error("%s (%s)", error, error.__cause__)
-        self._log(environ, error.status, str(error))
-        return json_response(error.body(), error.status, error.headers)
+        return json_response(error.body(), error.status, **error.headers)
 
-    def _log(self, environ: Environ, status: int, reason: str = "") -> None:
+    def _log(self, environ: Environ, status: int, error: Exception | None) -> None:
         """Log a request that changes something, or would have, and one whose token is refused."""
         route, _ = environ.get(ROUTE, (None, {}))
         refused = status in (401, 403)
@@ -2942,8 +2960,8 @@ class Application:
         names = (caller.tenant, caller.subject) if caller else (None, None)
         tenant, subject = (json.dumps(name)[:200] for name in names)
         path = urllib.parse.quote(self.admission.route_path(environ["PATH_INFO"]))[:200]
-        # Quoted as JSON, as parts of the reason come from the token.
-        why = f" {json.dumps(reason)[:300]}" if refused else ""
+        # Quoted as JSON, because parts of the reason come from the token.
+        why = f" {json.dumps(str(error))[:300]}" if refused else ""
         request = f"{route.method} {path} {status}{why}"
         address = environ.get("REMOTE_ADDR", "-")
         log.info("%s tenant=%s sub=%s %s", address, tenant, subject, request)
@@ -3002,7 +3020,7 @@ class Application:
         ]
         headers = {"X-Total-Count": str(total)} | ({"Link": ", ".join(links)} if links else {})
         listed = self.catalogue.list_json(caller.tenant, filters, limit, offset)
-        return json_response(listed, headers=headers)
+        return json_response(listed, 200, **headers)
 
     def create_image(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """Create an image, to which a binary can then be uploaded."""
@@ -3011,7 +3029,7 @@ class Application:
         image_id, created = self.catalogue.add(caller.tenant, **members)
         url = f"{self.settings.url_prefix}/image/{image_id}"
         image = {"id": image_id, "label": members["label"], "published_at": created, "url": url}
-        return json_response(image, 201, {"Location": url})
+        return json_response(image, 201, Location=url)
 
     def list_binaries(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """List the file names of the binaries, oldest image first."""
@@ -3019,30 +3037,25 @@ class Application:
 
     def latest_image(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """Show a label's image with the highest version that has a binary; 204: current has it."""
-        image = self._latest(caller, parse_query(environ))
-        return json_response(image) if image else bottle.HTTPResponse(status=204)
-
-    def latest_binary(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
-        """Redirect to the binary of the image that /image/latest shows, by a link for an hour."""
         query = parse_query(environ)
-        image = self._latest(caller, query)
-        if not image:
-            return bottle.HTTPResponse(status=204)
-        members = json.loads(image)
-        url, _ = self._link(environ, caller, members["id"], members["sha256"], 3600)
-        window = {name: query[name] for name in WINDOW if name in query}
-        url += "&" + urllib.parse.urlencode(window) if window else ""
-        return json_response(image, 307, {"Location": url})
-
-    def _latest(self, caller: Caller, query: Mapping[str, str]) -> str | None:
-        """Return the image that is asked for, None where the device has no older version."""
         found = self.catalogue.latest(caller.tenant, query["label"])
         if not found:
             raise NotFound("No image with this label has a binary")
         version, key, image = found
         current = query.get("current", "")
-        is_new = semver_key(current) >= key if semver_key(current) else current == version
-        return None if is_new else image
+        has_it = semver_key(current) >= key if semver_key(current) else current == version
+        return bottle.HTTPResponse(status=204) if has_it else json_response(image)
+
+    def latest_binary(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
+        """Redirect to the binary of the image that /image/latest shows, by a link for an hour."""
+        response = self.latest_image(environ, caller)
+        if response.status_code == 200:
+            image, query = json.loads(response.body), parse_query(environ)
+            url, _ = self._link(environ, image["id"], image["sha256"], 3600)
+            window = {name: query[name] for name in WINDOW if name in query}
+            url += "&" + urllib.parse.urlencode(window) if window else ""
+            response.status, response["Location"] = 307, url
+        return response
 
     def show_image(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Show an image."""
@@ -3056,11 +3069,11 @@ class Application:
         self.catalogue.change(caller.tenant, image_id, label, fw_version, permit)
         return json_response(self.catalogue.get_json(caller.tenant, image_id))
 
-    # Binaries. Here the two stores meet, in an order that survives a power cut:
-    #   upload    1. the files under passing names, synced  2. under the catalogue's write lock
-    #             their own names, the folder synced, then the row, synced  3. the answer
-    #   deletion  1. the row, synced  2. under the write lock, unless another upload was faster,
-    #             the files  3. the answer
+    # Binaries. Here the two stores meet, in an order that survives a power cut. An upload is synced
+    # under temporary names. Then, under the catalogue's write lock, its files get their own names,
+    # and once the folder is synced the row is written and synced. A deletion removes the row
+    # first; once that is synced, it removes the files, under the write lock, unless a new upload
+    # was faster. The answer always comes last.
 
     def delete_image(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Delete an image and its binary."""
@@ -3112,8 +3125,8 @@ class Application:
         if not image.confirmed or caller.sha256 not in ("", image.sha256):
             raise NoBinary
         query = parse_query(environ)
-        # Since the row was read, the file may have been deleted, or replaced by another upload: so
-        # if the row has changed when the file is open, all begins anew.
+        # Between the row and the file, the binary may have been deleted or replaced. So the row is
+        # read again when the file is open, and if it has changed, all begins anew.
         try:
             excerpt, headers = self._open(image, query)
         except Damaged:
@@ -3125,7 +3138,7 @@ class Application:
             if self.catalogue.get(caller.tenant, image_id) != image:
                 return self.download_binary(environ, caller, image_id)
             headers |= {"Accept-Ranges": "bytes", "Cache-Control": "private, no-cache"}
-            if caller.sha256:  # what a link gives never changes, and is for whoever has the link
+            if caller.sha256:  # what a signed link gives never changes, and caches may share it
                 left = max(int(caller.expires - time.time()), 0)
                 headers["Cache-Control"] = f"public, max-age={left}, immutable"
             response = download_response(environ, image.stored, excerpt, headers)
@@ -3178,15 +3191,17 @@ class Application:
         image = self.catalogue.get(caller.tenant, image_id)
         if not image.confirmed:
             raise NoBinary
-        url, expires = self._link(environ, caller, image_id, image.sha256, int(seconds))
+        url, expires = self._link(environ, image_id, image.sha256, int(seconds))
         moment = datetime.fromtimestamp(expires, timezone.utc)
         return json_response({"url": url, "expires": moment.isoformat(timespec="microseconds")})
 
-    def _link(
-        self, environ: Environ, caller: Caller, image_id: str, sha256: str, seconds: int
-    ) -> tuple[str, int]:
-        """Return a link to a binary, and when it expires: no later than the token behind it."""
-        expires = int(min(time.time() + seconds, caller.expires))
+    def _link(self, environ: Environ, image_id: str, sha256: str, seconds: int) -> tuple[str, int]:
+        """Return a link to a binary, and when it expires: no later than the token of who asks.
+
+        `seconds` is how long it is to last; the expiry is in seconds since the epoch. Raises
+        BadRequest where the Host header, which the link repeats, is none.
+        """
+        expires = int(min(time.time() + seconds, environ[CALLER].expires))
         host = environ.get("HTTP_HOST") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
         if not AUTHORITY.fullmatch(host):
             raise BadRequest("The Host header names no host")
