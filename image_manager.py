@@ -52,11 +52,12 @@ The folder
 
 To add
 
-    a route       a line of ROUTES and a method of Application; BODIES and SCHEMAS for new JSON
+    a route       a line of ROUTES and a method of Application; PARAMETERS, BODIES and SCHEMAS
+                  for what it takes and gives that is new
     a column      a script at the end of MIGRATIONS (never change one; ALTER TABLE adds columns),
                   then the SQL below them
-    a member      of images: besides its column, Catalogue.add and change, LABELS, create_image
-                  and change_image, SCHEMAS and PARAMETERS, text_faults for its limits, the README
+    a member      of images: besides its column, Catalogue.add and change, LABELS, change_image,
+                  SCHEMAS and PARAMETERS, text_faults for its limits, the README
     a check       of an upload's bytes: Upload.write and finish; of a request: Application._upload
     a setting     a field of Settings; its option and environment variable follow from it
 
@@ -2883,7 +2884,8 @@ class Application:
     def close(self) -> None:
         self.catalogue.close()
 
-    # How a request becomes an answer: __call__ under any WSGI server, answer() under our own.
+    # How a request becomes an answer: any WSGI server calls __call__, our own calls answer, or
+    # refuse where there is no sound request. All three have _respond do the work.
 
     def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
         """Answer a request as PEP 3333 has it."""
@@ -2962,19 +2964,8 @@ class Application:
         path = urllib.parse.quote(self.admission.route_path(environ["PATH_INFO"]))[:200]
         # Quoted as JSON, because parts of the reason come from the token.
         why = f" {json.dumps(str(error))[:300]}" if refused else ""
-        request = f"{route.method} {path} {status}{why}"
-        address = environ.get("REMOTE_ADDR", "-")
+        address, request = environ.get("REMOTE_ADDR", "-"), f"{route.method} {path} {status}{why}"
         log.info("%s tenant=%s sub=%s %s", address, tenant, subject, request)
-
-    def _complete(
-        self, response: bottle.HTTPResponse, environ: Environ, is_head: bool
-    ) -> tuple[str, Headers, bytes | Excerpt]:
-        """Return status line, headers and body of a response as they are sent."""
-        body = response.body.encode() if isinstance(response.body, str) else response.body
-        if "Content-Length" not in response:  # Bottle leaves it out of a 204 and a 304
-            response["Content-Length"] = len(body)
-        headers = response.headerlist + origin_headers(environ, self.settings.allow_origin)
-        return response.status_line, headers, b"" if is_head else body
 
     # Images. A handler's docstring is its description in /openapi.json.
 
