@@ -31,7 +31,7 @@ Settings. From here to the end each layer knows only those above it:
     binaries          the files: received, published, read in excerpts
     HTTP              requests and answers, conditions, ranges and bodies, as the RFCs have them
     API               the table of all routes, and its description as OpenAPI
-    admission         who may do what: all that the header of a request tells
+    admission         which route, who asks, may they: all that the header of a request tells
     application       the handlers of the routes; the two stores meet only here
     access log        a line for each answer, where that is asked for
     threads           a few that run what the server must not wait for
@@ -52,18 +52,19 @@ The folder
 
 To add
 
-    a route       a line of ROUTES and a method of Application; BODIES and SCHEMAS for new JSON
+    a route       a line of ROUTES and a method of Application; PARAMETERS, BODIES and SCHEMAS
+                  for what it takes and gives that is new
     a column      a script at the end of MIGRATIONS (never change one; ALTER TABLE adds columns),
                   then the SQL below them
-    a member      of images: besides its column, Catalogue.add and change, create_image and
-                  change_image, SCHEMAS and BODIES, text_faults for its limits, the README
+    a member      of images: besides its column, Catalogue.add and change, LABELS, change_image,
+                  SCHEMAS and PARAMETERS, text_faults for its limits, the README
     a check       of an upload's bytes: Upload.write and finish; of a request: Application._upload
     a setting     a field of Settings; its option and environment variable follow from it
 
 The life of one upload
 
     Connection._header           reads the header, in the loop
-    Application.admit            refuses by the header alone: token, right, size, room on the disk
+    Admission.admit              refuses by the header alone: token, right, size, room on the disk
     Request.receive              takes the body, above 64 KiB into a file in tmp/
     Application.upload_file      runs in a thread from here on
     Upload.write                 hashes and stores a block; HexReader.feed checks it
@@ -73,12 +74,12 @@ The life of one upload
 
 The life of one download
 
-    Application.admit            knows the caller by Tokens.verify, or a link by Tokens.verify_link
-    Application.download_binary  holds the conditions (not_modified) and the range (requested_range)
-    Application._open            reads the row, opens the file, looks whether the row still holds
+    Admission.admit              knows the caller by Tokens.verify, or a link by Tokens.verify_link
+    Application.download_binary  reads the row, opens the file, looks whether the row still holds
     BinaryStore.open             refuses a file of another length; verify alone hashes it
     place_window                 finds the bytes that format=bin asks for
-    Excerpt.read                 gives them, gaps filled
+    download_response            holds the conditions (not_modified) and the range (requested_range)
+    Excerpt.read                 gives the bytes, gaps filled
     Connection._send_body        sends one piece by sendfile, anything else as the client takes it
 
 What it promises, and the test that proves it
@@ -2445,136 +2446,119 @@ def check_part(part: multipart.MultipartSegment, name: str, found: bool) -> None
 # ------------------------------------------------------------------------------------- API
 # All paths in one table, with the right that each needs, and its description for programs.
 
-PUBLIC = ""  # in the place of a right: needs no token, and looks at none
+PUBLIC = ""  # the right of a route that needs no token, and looks at none
 
 
 class Route(NamedTuple):
     """A line of the API. The right it needs has no default, so that no route can forget it."""
 
-    method: str
-    path: str
-    handler: str  # a method of Application; it gets the Caller and what <...> in the path matches
+    method: str  # GET stands for HEAD as well
+    path: str  # as Bottle writes it: <image_id> matches all up to the next slash
+    handler: str  # a method of Application: takes environ, the Caller, and what <...> matched
     right: str
-    query: tuple[str, ...] = ()
-    takes: str = "nothing"  # a key of BODIES
+    query: tuple[str, ...] = ()  # keys of PARAMETERS: all that the query may have
+    takes: str = ""  # a key of BODIES
     gives: str = "Image"  # a key of SCHEMAS
-    answers: tuple[int, ...] = (200,)  # the statuses, besides those that any route may give
+    answers: tuple[int, ...] = (200,)  # the statuses that do not follow from other columns
     by_link: bool = False  # a signed link will do instead of a token
-    quick: bool = False  # takes no time, so that the thread of the loop answers it itself
-    needs: tuple[str, ...] = ()  # the parameters that the query must have
+    quick: bool = False  # so fast that the event loop answers it, without another thread
+    needs: tuple[str, ...] = ()  # those of query that must be there
 
 
-# Words that are no ids, whatever the method, as they have paths of their own.
-OTHER_THAN_IDS = r"(?!(?:latest|binary|latest/binary)\Z)"
 LABELS = ("label", "fw_version")  # members that a client must give, and may change
 IMAGE, BINARY = "/image/<image_id>", "/image/<image_id>/binary"
-PAGE, WINDOW = ("limit", "offset"), ("format", "start", "end", "fill")
+WINDOW = ("format", "start", "end", "fill")
 LATEST_QUERY, UPLOAD_QUERY = ("label", "current"), ("sha256", "validate")
 ROUTES = (
     Route("GET", "/", "show_page", PUBLIC, gives="Page", answers=(200, 404), quick=True),
     Route("GET", "/health", "health", PUBLIC, gives="Health"),
     Route("GET", "/openapi.json", "describe", PUBLIC, gives="Description"),
-    Route("GET", "/image", "list_images", READ, (*FILTERS, *PAGE), gives="Images"),
+    Route("GET", "/image", "list_images", READ, (*FILTERS, "limit", "offset"), gives="Images"),
     Route("POST", "/image", "create_image", WRITE, (), "image", "Created", (201,)),
     Route("GET", "/image/binary", "list_binaries", READ, gives="Names"),
     Route("GET", "/image/latest", "latest_image", READ, LATEST_QUERY,
           answers=(200, 204, 404), quick=True, needs=("label",)),
     Route("GET", "/image/latest/binary", "latest_binary", READ, (*LATEST_QUERY, *WINDOW),
           answers=(204, 307, 404), quick=True, needs=("label",)),
-    Route("GET", IMAGE, "show_image", READ, answers=(200, 404), quick=True),
-    Route("PATCH", IMAGE, "change_image", WRITE, (), "change", answers=(200, 404, 412)),
-    Route("DELETE", IMAGE, "delete_image", DELETE, gives="Removed", answers=(200, 404, 412)),
+    Route("GET", IMAGE, "show_image", READ, quick=True),
+    Route("PATCH", IMAGE, "change_image", WRITE, (), "change"),
+    Route("DELETE", IMAGE, "delete_image", DELETE, gives="Removed"),
     Route("GET", BINARY, "download_binary", READ, WINDOW, gives="File",
-          answers=(200, 206, 304, 404, 412, 416, 422), by_link=True, quick=True),
-    Route("POST", BINARY, "upload_form", WRITE, UPLOAD_QUERY, "form", "Uploaded",
-          (200, 404, 409, 412)),
-    Route("PUT", BINARY, "upload_file", WRITE, UPLOAD_QUERY, "file", "Uploaded",
-          (200, 404, 409, 411, 412)),
-    Route("DELETE", BINARY, "delete_binary", DELETE, gives="Result", answers=(200, 404, 412)),
-    Route("POST", BINARY + "/link", "make_link", READ, (), "link", "Link", (200, 404)),
+          answers=(200, 206, 304, 412, 416, 422), by_link=True, quick=True),
+    Route("POST", BINARY, "upload_form", WRITE, UPLOAD_QUERY, "form", "Uploaded", (200, 409)),
+    Route("PUT", BINARY, "upload_file", WRITE, UPLOAD_QUERY, "file", "Uploaded", (200, 409, 411)),
+    Route("DELETE", BINARY, "delete_binary", DELETE, gives="Result"),
+    Route("POST", BINARY + "/link", "make_link", READ, (), "link", "Link"),
 )  # fmt: skip
 
 
-TEXT, WHOLE, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
-TIME = {**TEXT, "format": "date-time"}
-NAME = {**TEXT, "minLength": 1, "maxLength": 128, "pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}
-NAMES = dict.fromkeys(LABELS, NAME)
-DIGEST = {**TEXT, "pattern": "^[0-9a-fA-F]{64}$"}
-ADDRESSES = {
-    "anyOf": [
-        {**WHOLE, "minimum": 0, "maximum": 1 << 32},
-        {**TEXT, "pattern": "^0[xX]([0-9a-fA-F]{1,8}|100000000)$"},
-    ]
-}
-BYTES = {"anyOf": [{**WHOLE, "minimum": 0, "maximum": 255},
-                   {**TEXT, "pattern": "^0[xX][0-9a-fA-F]{1,2}$"}]}  # fmt: skip
-PARAMETERS: dict[str, dict[str, Any]] = {
-    **NAMES, "confirmed": {**TEXT, "enum": ["true", "false"]}, "current": {**TEXT, "minLength": 1},
-    "limit": {**WHOLE, "minimum": 1, "maximum": 1000},
-    "offset": {**WHOLE, "minimum": 0, "maximum": 10**18},
-    "format": {**TEXT, "enum": ["bin"]}, "start": ADDRESSES, "end": ADDRESSES, "fill": BYTES,
-    "sha256": DIGEST, "validate": {**TEXT, "enum": ["true", "false"]},
-}  # fmt: skip
+# The rest of this section describes the API as OpenAPI 3.1, whose schemas are JSON Schema.
 
 
-def schema(required: dict[str, Any], **others: Any) -> dict[str, Any]:
+def string(**limits: Any) -> dict[str, Any]:
+    return {"type": "string", **limits}
+
+
+def integer(minimum: int, maximum: int) -> dict[str, Any]:
+    return {"type": "integer", "minimum": minimum, "maximum": maximum}
+
+
+def json_object(required: dict[str, Any], **others: Any) -> dict[str, Any]:
+    """Return the schema of an object that has `required` members, and may have others."""
     return {"type": "object", "properties": required | others, "required": list(required)}
 
 
+def reference(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+TEXT, WHOLE, FLAG = string(), {"type": "integer"}, {"type": "boolean"}
+TIME, SWITCH = string(format="date-time"), string(enum=["true", "false"])
+NAME = string(minLength=1, maxLength=128, pattern=r"^[^\u0000-\u001f\u007f-\u009f]*$")
+NAMES = dict.fromkeys(LABELS, NAME)
+DIGEST = string(pattern="^[0-9a-fA-F]{64}$")
+HEX_ADDRESS = string(pattern="^0[xX]([0-9a-fA-F]{1,8}|100000000)$")
+ADDRESSES = {"anyOf": [integer(0, 1 << 32), HEX_ADDRESS]}
+BYTES = {"anyOf": [integer(0, 255), string(pattern="^0[xX][0-9a-fA-F]{1,2}$")]}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    **NAMES, "confirmed": SWITCH, "current": string(minLength=1), "image_id": TEXT,
+    "limit": integer(1, 1000), "offset": integer(0, 10**18),
+    "format": string(enum=["bin"]), "start": ADDRESSES, "end": ADDRESSES, "fill": BYTES,
+    "sha256": DIGEST, "validate": SWITCH,
+}  # fmt: skip
 SCHEMAS = {
-    "Image": schema(
+    "Image": json_object(
         {"id": TEXT, **NAMES, "created": TIME, "confirmed": FLAG},
         updated=TIME, size=WHOLE, sha256=DIGEST, checked=FLAG, hex={"type": "object"},
     ),
-    "Images": {"type": "array", "items": {"$ref": "#/components/schemas/Image"}},
+    "Images": {"type": "array", "items": reference("Image")},
     "Names": {"type": "array", "items": TEXT},
-    "Created": schema({"id": TEXT, "label": NAME, "published_at": TIME, "url": TEXT}),
-    "Removed": schema({"result": TEXT, "removed_image": {"$ref": "#/components/schemas/Image"}}),
-    "Uploaded": schema({"image": TEXT, "message": TEXT, "checked": FLAG}),
-    "Result": schema({"result": TEXT}),
-    "Link": schema({"url": TEXT, "expires": TIME}),
-    "Health": schema({"status": TEXT}),
+    "Created": json_object({"id": TEXT, "label": NAME, "published_at": TIME, "url": TEXT}),
+    "Removed": json_object({"result": TEXT, "removed_image": reference("Image")}),
+    "Uploaded": json_object({"image": TEXT, "message": TEXT, "checked": FLAG}),
+    "Result": json_object({"result": TEXT}),
+    "Link": json_object({"url": TEXT, "expires": TIME}),
+    "Health": json_object({"status": TEXT}),
     "Description": {"type": "object"},
-    "Error": schema({"message": TEXT}, status=WHOLE, errors={"type": "object"}),
+    "Error": json_object({"message": TEXT}, status=WHOLE, errors={"type": "object"}),
 }  # fmt: skip
-EXPIRES_IN = {**WHOLE, "minimum": 1, "maximum": LONGEST_LINK}
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "image": ("application/json", schema(NAMES)),
-    "change": ("application/json", {**schema({}, **NAMES), "minProperties": 1}),
-    "link": ("application/json", schema({}, expires_in=EXPIRES_IN)),
-    "form": ("multipart/form-data", schema({"image": {**TEXT, "format": "binary"}})),
+    "image": ("application/json", json_object(NAMES)),
+    "change": ("application/json", {**json_object({}, **NAMES), "minProperties": 1}),
+    "link": ("application/json", json_object({}, expires_in=integer(1, LONGEST_LINK))),
+    "form": ("multipart/form-data", json_object({"image": string(format="binary")})),
     "file": ("application/octet-stream", {}),
 }
+NOT_JSON = {"File": "application/octet-stream", "Page": "text/html"}
 
 
 def describe_api(prefix: str, handlers: object) -> dict[str, Any]:
     """Return the API as OpenAPI 3.1, made from ROUTES and the handlers' docstrings."""
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
-        statuses = {500, 503, *route.answers}
-        statuses |= {400} if route.query or route.takes != "nothing" else set()
-        statuses |= {413, 415} if route.takes != "nothing" else set()
-        statuses |= {401, 403} if route.right else set()
-        statuses |= {507} if route.right in (WRITE, DELETE) else set()
-        query = [parameter(name, "query", name in route.needs) for name in route.query]
-        operation: dict[str, Any] = {
-            "operationId": route.handler,
-            "summary": getattr(handlers, route.handler).__doc__,
-            "parameters": query,
-            "responses": {str(status): response(route, status) for status in sorted(statuses)},
-            "security": [{"token": []}] if route.right else [],
-        }
-        if "<image_id>" in route.path:
-            operation["parameters"].append(parameter("image_id", "path", True))
-        if route.takes in BODIES:
-            kind, content = BODIES[route.takes]
-            required = route.takes != "link"
-            operation["requestBody"] = {
-                "content": {kind: {"schema": content}},
-                "required": required,
-            }
         path = route.path.replace("<", "{").replace(">", "}")
-        paths.setdefault(path, {})[route.method.lower()] = operation
+        summary = getattr(handlers, route.handler).__doc__
+        paths.setdefault(path, {})[route.method.lower()] = describe_route(route, summary)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Image Manager", "version": __version__},
@@ -2587,144 +2571,202 @@ def describe_api(prefix: str, handlers: object) -> dict[str, Any]:
     }
 
 
-def parameter(name: str, place: str, required: bool) -> dict[str, Any]:
-    kind = PARAMETERS.get(name, TEXT)
-    return {"name": name, "in": place, "required": required, "schema": kind}
+def describe_route(route: Route, summary: str) -> dict[str, Any]:
+    """Return a route as an operation of OpenAPI, with the statuses that follow from its columns."""
+    changes, has_id = route.right in (WRITE, DELETE), "<image_id>" in route.path
+    statuses = {500, 503, *route.answers}
+    statuses |= {400} if route.query or route.takes else set()
+    statuses |= {413, 415} if route.takes else set()
+    statuses |= {401, 403} if route.right else set()
+    statuses |= {507} if changes else set()
+    statuses |= {404} if has_id else set()
+    statuses |= {412} if has_id and changes else set()
+    places = dict.fromkeys(route.query, "query") | ({"image_id": "path"} if has_id else {})
+    needs = {*route.needs, "image_id"}
+    operation = {
+        "operationId": route.handler,
+        "summary": summary,
+        "parameters": [
+            {"name": name, "in": place, "required": name in needs, "schema": PARAMETERS[name]}
+            for name, place in places.items()
+        ],
+        "responses": {str(status): describe_response(route, status) for status in sorted(statuses)},
+        "security": [{"token": []}] if route.right else [],
+    }
+    if route.takes:
+        kind, schema = BODIES[route.takes]
+        body = {"content": {kind: {"schema": schema}}, "required": route.takes != "link"}
+        operation["requestBody"] = body
+    return operation
 
 
-def response(route: Route, status: int) -> dict[str, Any]:
-    """Return what OpenAPI says of one status of a route."""
+def describe_response(route: Route, status: int) -> dict[str, Any]:
+    """Return what a route answers with a status, as a response of OpenAPI."""
     described = {"description": http.HTTPStatus(status).phrase}
-    if status in (204, 304):
+    if status in (204, 304):  # they have no body
         return described
-    plain = {"File": "application/octet-stream", "Page": "text/html"}
-    if route.gives in plain and status < 300:
-        return {**described, "content": {plain[route.gives]: {}}}
     name = route.gives if status < 400 else "Error"
-    reference = {"$ref": f"#/components/schemas/{name}"}
-    return {**described, "content": {"application/json": {"schema": reference}}}
+    kind = NOT_JSON.get(name, "application/json")
+    content = {} if name in NOT_JSON else {"schema": reference(name)}
+    return {**described, "content": {kind: content}}
 
 
 # ------------------------------------------------------------------------------------- admission
-# Who asks, whether they may, and whether the body can be what the route takes: all that the header
-# of a request tells.
+# Which route a request takes, who asks, whether they may, and whether the body can be what the
+# route takes: all this the header of a request tells. So our own server asks for it before it
+# takes a body; all other requests, and those under another WSGI server, are admitted when they are
+# answered.
 
-# Keys of environ: the Caller, once it is known; and that the request has been admitted.
-CALLER, ADMITTED = "image_manager.caller", "image_manager.admitted"
-
-
-def require_the_file(route: Route, environ: Mapping[str, Any]) -> None:
-    """Raise ServiceError where the header says that the body is not what the route takes."""
-    if environ.get("HTTP_CONTENT_ENCODING", "").strip().lower() not in ("", "identity"):
-        accepted = {"Accept-Encoding": "identity"}
-        raise ServiceError("The body is encoded: send it without Content-Encoding", accepted, 415)
-    if route.takes not in ("form", "file"):
-        return
-    unknown = parse_query(environ).keys() - {*route.query}
-    if unknown:  # the sender of a mistyped check would believe that it was made
-        raise BadRequest(f"Invalid query param supplied: this takes {' and '.join(route.query)}")
-    if "HTTP_CONTENT_RANGE" in environ:  # RFC 9110, 14.5; curl -C sends the rest of a file so
-        raise BadRequest("A part of a file cannot be stored: send all of it, without Content-Range")
-    kind = environ.get("CONTENT_TYPE", "").strip().lower()
-    if route.takes == "file" and kind.startswith("multipart/"):
-        raise ServiceError("PUT takes the file as the body: send a form with POST", status=415)
-    framed = environ.get("CONTENT_LENGTH") or "HTTP_TRANSFER_ENCODING" in environ
-    if route.takes == "file" and not framed:
-        raise ServiceError("Send the file as the body, with its Content-Length", status=411)
-
+Environ = dict[str, Any]
+# What admission notes in environ: the Route with what <...> in its path matched; the Caller; that
+# a signed link was used, be it genuine or not; that the request has been admitted.
+ROUTE, CALLER = "image_manager.route", "image_manager.caller"
+BY_LINK, ADMITTED = "image_manager.by_link", "image_manager.admitted"
 
 # The headers that a web page of another origin may send, and those that it may read: the CORS
 # protocol of the Fetch standard.
-ALLOWED_HEADERS = ("Access-Control-Allow-Headers",
-                   "Authorization, Content-Type, Range, If-Match, If-None-Match, "
-                   "If-Range")  # fmt: skip
+ALLOWED_HEADERS = "Authorization, Content-Type, Range, If-Match, If-None-Match, If-Range"
 EXPOSED_HEADERS = ("Access-Control-Expose-Headers",
                    "Accept-Ranges, Content-Length, Content-Range, Content-Disposition, ETag, "
                    "Repr-Digest, X-Load-Address")  # fmt: skip
 
 
 def origin_headers(environ: Mapping[str, Any], allowed: str) -> Headers:
-    """Return what lets a page read an answer: to a signed link any page, else one of `allowed`.
+    """Return the headers that let a web page of another origin read an answer.
 
-    `allowed` is an origin, * for any, "" for none.
+    `allowed` is an origin, * for any, "" for none. What a signed link gives, any page may read.
     """
-    if is_signed_link(environ):
-        return [("Access-Control-Allow-Origin", "*"), EXPOSED_HEADERS]
-    vary = [("Vary", "Origin")] if allowed not in ("", "*") else []
-    if allowed and allowed in ("*", environ.get("HTTP_ORIGIN")):
-        return [("Access-Control-Allow-Origin", allowed), EXPOSED_HEADERS, *vary]
+    origin = "*" if BY_LINK in environ else allowed
+    vary = [("Vary", "Origin")] if origin not in ("", "*") else []
+    if origin and origin in ("*", environ.get("HTTP_ORIGIN")):
+        return [("Access-Control-Allow-Origin", origin), EXPOSED_HEADERS, *vary]
     return vary
 
 
-def preflight_headers(environ: Mapping[str, Any], allowed: str, methods: str) -> Headers:
-    """Return what tells a page which of a path's methods it may use, nothing if it may none."""
-    asked = {"HTTP_ORIGIN", "HTTP_ACCESS_CONTROL_REQUEST_METHOD"} <= environ.keys()
-    if not asked or not methods:
-        return []
-    if allowed and allowed in ("*", environ["HTTP_ORIGIN"]):
-        granted = ("Access-Control-Allow-Methods", methods)
-        return [*origin_headers(environ, allowed), granted, ALLOWED_HEADERS]
-    if environ["PATH_INFO"].endswith("/binary") and "PUT" in methods:  # pages may use links
-        granted = ("Access-Control-Allow-Methods", "GET, HEAD")
-        return [("Access-Control-Allow-Origin", "*"), granted, ALLOWED_HEADERS]
-    return []
+def require_parameters(route: Route, environ: Environ) -> None:
+    """Raise BadRequest unless the query has all that the route needs, and nothing else it knows.
+
+    Else the sender of a mistyped check of an upload would believe that it was made.
+    """
+    # A download's query may hold more, as a signed link has parameters of its own.
+    if route.query and not route.by_link:
+        query = parse_query(environ)
+        if not {*route.needs} <= query.keys() <= {*route.query} or not all(query.values()):
+            raise BadRequest
 
 
-def is_signed_link(environ: Mapping[str, Any]) -> bool:
-    method, path = environ.get("REQUEST_METHOD"), environ.get("PATH_INFO", "")
-    with contextlib.suppress(BadRequest):
-        reading = method in ("GET", "HEAD") and path.rstrip("/").endswith("/binary")
-        return reading and "signature" in parse_query(environ)
-    return False
+def require_body(route: Route, environ: Environ) -> None:
+    """Raise ServiceError where the header says that the body is not what the route takes."""
+    if environ.get("HTTP_CONTENT_ENCODING", "").strip().lower() not in ("", "identity"):
+        accepted = {"Accept-Encoding": "identity"}
+        raise ServiceError("The body is encoded: send it without Content-Encoding", accepted, 415)
+    if route.takes in ("form", "file") and "HTTP_CONTENT_RANGE" in environ:  # RFC 9110, 14.5
+        raise BadRequest("A part of a file cannot be stored: send all of it, without Content-Range")
+    if route.takes != "file":
+        return
+    if environ.get("CONTENT_TYPE", "").strip().lower().startswith("multipart/"):
+        raise ServiceError("PUT takes the file as the body: send a form with POST", status=415)
+    if not environ.get("CONTENT_LENGTH") and "HTTP_TRANSFER_ENCODING" not in environ:
+        raise ServiceError("Send the file as the body, with its Content-Length", status=411)
 
 
 class Admission:
-    """Tells from the header of a request alone who asks, and whether they may."""
+    """Tells from the header of a request alone which route it takes, who asks, and if they may."""
 
     def __init__(
         self, settings: Settings, tokens: Tokens, catalogue: Catalogue, binaries: BinaryStore
     ) -> None:
         self._settings, self._tokens = settings, tokens
         self._catalogue, self._binaries = catalogue, binaries
+        self._limits = {"file": settings.max_upload, "form": settings.max_upload + JSON_LIMIT}
+        # Bottle looks for the path alone, without the method: otherwise it would take PUT
+        # /image/latest, which no route has, for a request to an image whose id is "latest".
+        self._router = bottle.Router()
+        for path in {route.path for route in ROUTES}:
+            routes = {route.method: route for route in ROUTES if route.path == path}
+            if "GET" in routes:
+                routes["HEAD"] = routes["GET"]
+            self._router.add(path, "ANY", routes)
 
-    def admit(self, route: Route, environ: dict[str, Any], names: Mapping[str, str]) -> None:
-        """Let a request in, and note in environ who asks.
+    def route_path(self, path: str) -> str:
+        """Return a request's PATH_INFO as ROUTES has it: decoded, without prefix and last slash."""
+        path, prefix = "/" + path.lstrip("/"), self._settings.url_prefix
+        if (path + "/").startswith(prefix + "/"):
+            path = path[len(prefix) :]
+        return path.encode("latin-1").decode(errors="replace").removesuffix("/") or "/"
 
-        Raises the ServiceError that is the answer where they may not.
+    def _routes(self, environ: Environ) -> tuple[dict[str, Route], dict[str, str]]:
+        """Return the routes of a path by method, and what <...> in it matched; raises NotFound."""
+        path = self.route_path(environ.get("PATH_INFO", ""))
+        try:
+            routes, names = self._router.match({"REQUEST_METHOD": "ANY", "PATH_INFO": path})
+        except bottle.HTTPError:
+            raise NotFound from None
+        return routes, names
+
+    def preflight(self, environ: Environ) -> dict[str, str]:
+        """Return the headers that tell a page of another origin what it may send to a path.
+
+        Returns {} where it may send nothing, or where this is no preflight request of the CORS
+        protocol. Raises NotFound.
         """
+        routes, _ = self._routes(environ)
+        if not {"HTTP_ORIGIN", "HTTP_ACCESS_CONTROL_REQUEST_METHOD"} <= environ.keys():
+            return {}
+        allowed = self._settings.allow_origin
+        if not allowed or allowed not in ("*", environ["HTTP_ORIGIN"]):
+            routes = {method: route for method, route in routes.items() if route.by_link}
+            if not routes:
+                return {}
+            environ[BY_LINK] = True
+        return {
+            "Access-Control-Allow-Methods": ", ".join(sorted(routes)),
+            "Access-Control-Allow-Headers": ALLOWED_HEADERS,
+        }
+
+    def admit(self, environ: Environ) -> int:
+        """Let a request in, which environ then says; return how many bytes its body may have.
+
+        Raises the ServiceError that is the answer to a request that may not be made.
+        """
+        routes, names = self._routes(environ)
+        route = routes.get(environ["REQUEST_METHOD"])
+        if not route:
+            raise ServiceError("Method not allowed", {"Allow": ", ".join(sorted(routes))}, 405)
+        environ[ROUTE] = route, names
         caller = environ[CALLER] = self._caller(route, environ, names)
         if route.right not in caller.rights:
             challenge = {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
             raise ServiceError(f"This token does not give the right {route.right}", challenge, 403)
-        require_the_file(route, environ)
+        require_parameters(route, environ)
+        require_body(route, environ)
+        limit = self._limits.get(route.takes, JSON_LIMIT)
         announced = environ.get("CONTENT_LENGTH") or "0"
-        # int() raises above 4,300 digits, zeros in front included.
+        # int() raises ValueError above 4,300 digits, leading zeros included.
         size = int(announced.lstrip("0")[:18] or 0) if announced.isdecimal() else 0
-        if size > self.limit(route):
-            raise TooLarge(self.limit(route))
-        if route.takes in ("form", "file"):
+        if size > limit:
+            raise TooLarge(limit)
+        if route.takes in self._limits:
             require_space(self._binaries.uploads, size)
         environ[ADMITTED] = True
+        return limit
 
-    def _caller(self, route: Route, environ: Mapping[str, Any], names: Mapping[str, str]) -> Caller:
+    def _caller(self, route: Route, environ: Environ, names: Mapping[str, str]) -> Caller:
+        """Return who asks, by a signed link or a token; raises Unauthorised, NoSuchImage."""
         if route.right == PUBLIC:
             return Caller("", frozenset([PUBLIC]))
         if route.by_link and "signature" in (query := parse_query(environ)):
+            environ[BY_LINK] = True
             sha256, expires = self._tokens.verify_link(names["image_id"], query)
             tenant = self._catalogue.tenant(names["image_id"])
             return Caller(tenant, frozenset([READ]), expires=expires, sha256=sha256)
         return self._tokens.verify(environ.get("HTTP_AUTHORIZATION"))
 
-    def limit(self, route: Route) -> int:
-        """Return the largest body that a route takes, in bytes."""
-        largest = self._settings.max_upload
-        return {"file": largest, "form": largest + JSON_LIMIT}.get(route.takes, JSON_LIMIT)
-
 
 # ------------------------------------------------------------------------------------- application
 # The handlers of all routes. The two stores meet only here.
 
-SMALL_RANGE = 64 * KIB  # bytes; so many are read at once, more are sent from the open file
+SMALL_RANGE = 64 * KIB  # bytes; what is larger is sent from the open file instead of read first
 
 
 def require_sound(catalogue: Catalogue, check: str = "quick_check") -> None:
@@ -2744,15 +2786,39 @@ def require_catalogue(catalogue: Catalogue, binaries: BinaryStore) -> None:
         raise CannotStart(f"{binaries.folder} holds binaries no catalogue knows of: {remedy}")
 
 
-def json_response(
-    content: object, status: int = 200, headers: Mapping[str, str] | None = None
-) -> bottle.HTTPResponse:
-    """Return an answer in JSON, which a string is already."""
+def json_response(content: object, status: int = 200, **headers: str) -> bottle.HTTPResponse:
+    """Return an answer in JSON; a string is JSON already."""
     text = content if isinstance(content, str) else json.dumps(content, separators=(",", ":"))
     # Without no-store a cache may keep a 404 as long as it likes: RFC 9111, 4.2.2.
-    always = {"Content-Type": "application/json", "Cache-Control": "no-store"}
-    headers = {**always, **(headers or {})}
+    headers = {"Content-Type": "application/json", "Cache-Control": "no-store", **headers}
     return bottle.HTTPResponse(text, status, headers)
+
+
+def parse_members(environ: Environ, required: bool) -> dict[str, str]:
+    """Return label and version from a body in JSON: both if `required`, else at least one.
+
+    Raises BadRequest where it is no JSON object, FaultyImage with the reasons of all faults.
+    """
+    members = parse_json(environ)
+    errors: dict[str, list[str]] = {}
+    for name in LABELS:
+        if name in members:
+            errors[name] = text_faults(members[name])
+        elif required:
+            errors[name] = ["Missing data for required field."]
+    if not errors:
+        errors["_schema"] = ["Nothing to change."]
+    faulty = {name: reasons for name, reasons in errors.items() if reasons}
+    if faulty:
+        raise FaultyImage(faulty)
+    return {name: members[name] for name in LABELS if name in members}
+
+
+def parse_flag(value: str) -> bool:
+    """Return what true or false in a query means; raises BadRequest for any other value."""
+    if value not in ("true", "false"):
+        raise BadRequest
+    return value == "true"
 
 
 def attachment(image: Image, suffix: str) -> str:
@@ -2761,29 +2827,42 @@ def attachment(image: Image, suffix: str) -> str:
     return f'attachment; filename="{name}{suffix}"'
 
 
-def permit_by(environ: Mapping[str, Any]) -> Permit:
-    """Return a Permit that checks the conditions of a request, such as If-Match."""
+def permit_by(environ: Environ) -> Permit:
+    """Return a Permit that checks an image by the conditions of a request, such as If-Match."""
 
     def permit(image: Image) -> None:
         current = None
         if image.confirmed:
             current = Validators(f'"{image.sha256}"', last_modified(image.stored)[0])
         require_conditions(environ, current)
-        if current and "HTTP_IF_NONE_MATCH" in environ and not matches_none(environ, current):
+        if current and not matches_none(environ, current):
             raise PreconditionFailed
 
     return permit
 
 
-def as_service_error(error: bottle.HTTPError) -> ServiceError:
-    """Return the ServiceError for what Bottle has found: no such path, another method, or a bug."""
-    if error.status_code == 404:
-        return NotFound()
-    if error.status_code == 405:
-        allowed = set(error.headers["Allow"].split(","))
-        allowed |= {"HEAD"} if "GET" in allowed else set()
-        return ServiceError("Method not allowed", {"Allow": ", ".join(sorted(allowed))}, 405)
-    return ServiceError()
+def download_response(
+    environ: Environ, stored: str, excerpt: Excerpt, headers: dict[str, str]
+) -> bottle.HTTPResponse:
+    """Return an excerpt, or the range of it that is asked for, if the request's conditions hold.
+
+    `stored` is the time when the binary was stored, as in the catalogue. Raises PreconditionFailed,
+    or ServiceError 416.
+    """
+    modified, headers["Last-Modified"] = last_modified(stored)
+    current = Validators(headers["ETag"], modified)
+    if not_modified(environ, current):
+        return bottle.HTTPResponse("", 304, headers)
+    is_get, size = environ["REQUEST_METHOD"] == "GET", excerpt.seek(0, os.SEEK_END)
+    part = requested_range(environ, current, size) if is_get else None
+    begin, end = (part.start, part.stop) if part else (0, size)
+    headers["Content-Type"] = "application/octet-stream"
+    headers["Content-Length"] = str(end - begin)
+    if part:
+        headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
+    excerpt.narrow(begin, end)
+    content = excerpt if end - begin > SMALL_RANGE else excerpt.read()
+    return bottle.HTTPResponse(content if is_get else b"", 206 if part else 200, headers)
 
 
 class Application:
@@ -2801,148 +2880,96 @@ class Application:
         require_catalogue(self.catalogue, self.binaries)
         self.catalogue.disconnect()  # until the first request, no file is open
         self._slow = {route.path for route in ROUTES if not route.quick}
-        self._bottle = bottle.Bottle()
-        self._bottle.default_error_handler = self._bottle_error
-        for route in ROUTES:
-            path = route.path.replace("<image_id>", f"<image_id:re:{OTHER_THAN_IDS}[^/]+>")
-            guarded = self._guarded(route)
-            self._bottle.route(path, route.method, guarded, skip=True, route=route)
-
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
-        if ADMITTED not in environ:
-            environ["PATH_INFO"] = self._route_path(environ.get("PATH_INFO", ""))
-        more = origin_headers(environ, self.settings.allow_origin)
-        if environ["REQUEST_METHOD"] == "OPTIONS" and (granted := self._preflight(environ)):
-            start_response("204 No Content", granted)
-            return []
-
-        def start(status: str, headers: Headers, *_: object) -> None:
-            start_response(status, headers + more)
-
-        return self._bottle(environ, start if more else start_response)
-
-    def _preflight(self, environ: dict[str, Any]) -> Headers:
-        """Return the headers of the answer to a preflight request, none if it is not to be one."""
-        try:
-            self._bottle.router.match(environ)
-        except bottle.HTTPError as error:
-            path_methods = as_service_error(error).headers.get("Allow", "")
-            return preflight_headers(environ, self.settings.allow_origin, path_methods)
-        return []
 
     def close(self) -> None:
         self.catalogue.close()
 
+    # How a request becomes an answer: any WSGI server calls __call__, our own calls answer, or
+    # refuse where there is no sound request. All three have _respond do the work.
+
+    def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
+        """Answer a request as PEP 3333 has it."""
+        status, headers, body = self._respond(environ)
+        start_response(status, headers)
+        if isinstance(body, bytes):
+            return [body]
+        file_wrapper = environ.get("wsgi.file_wrapper", bottle.WSGIFileWrapper)
+        return file_wrapper(body)  # type: ignore[no-any-return]
+
     def answer(self, request: Request, last: bool) -> Answer:
-        """Return the answer to a request, `last` where its connection is to end with that."""
-        started: list[Any] = []
+        """Return the answer to a request; `last` where the connection is to be closed after it."""
+        status, headers, body = self._respond(request.environ)
+        keep = not last and request.keeps_open(int(status[:3]))
+        return Answer.make(status, headers, body, request.version, keep)
 
-        def start_response(status: str, headers: Headers, *_: object) -> None:
-            started[:] = status, headers
+    def refuse(self, error: Exception, is_head: bool, environ: Environ) -> Answer:
+        """Return the answer to what is no request, or one whose body is not taken.
 
-        try:
-            environ = request.environ.copy()  # Bottle writes into it
-            content = self(environ, start_response)
-            request.environ[CALLER] = environ.get(CALLER)
-            body = content if isinstance(content, Excerpt) else b"".join(content)
-            status, headers = started
-            keep = not last and request.keeps_open(int(status[:3]))
-            return Answer.make(status, headers, body, request.version, keep)
-        except Exception as error:
-            return self.refuse(error, request.command == "HEAD", request.environ)
-
-    def refuse(self, error: Exception, is_head: bool, environ: Mapping[str, Any]) -> Answer:
-        """Return the answer to what is no request, or whose body is of no use: the last one."""
-        response = self.error_response(error)
-        body = response.body.encode()
-        headers = [*response.headerlist, ("Content-Length", str(len(body)))]
-        headers += origin_headers(environ, self.settings.allow_origin)
-        return Answer.make(response.status_line, headers, b"" if is_head else body, "1.1", False)
-
-    # The way in, the same for all routes. Our own server has a request with a body admitted before
-    # that has come; all other requests, and those under another server, meet the guard.
-
-    def _route_path(self, path: str) -> str:
-        """Return a request's path as ROUTES has it: without prefix and slash at the end."""
-        path, prefix = "/" + path.lstrip("/"), self.settings.url_prefix
-        if prefix and (path + "/").startswith(prefix + "/"):
-            path = path[len(prefix) :]
-        if not path.isascii():
-            # Bottle drops what is not UTF-8, so that /image/%FF would be /image/.
-            path = path.encode("latin-1").decode(errors="replace").encode().decode("latin-1")
-        return path.removesuffix("/") or "/"
-
-    def _guarded(self, route: Route) -> Callable[..., bottle.HTTPResponse]:
-        """Return the handler of a route behind the check of who calls."""
-        handler = getattr(self, route.handler)
-
-        def guarded(**names: str) -> bottle.HTTPResponse:
-            environ, reason = bottle.request.environ, ""
-            try:
-                if ADMITTED not in environ:
-                    self.admission.admit(route, environ, names)
-                response = handler(environ[CALLER], **names)
-            except Exception as error:
-                response, reason = self.error_response(error), str(error)
-            self._log(route, environ, response.status_code, reason)
-            return response
-
-        return guarded
-
-    def admit(self, environ: dict[str, Any]) -> int:
-        """Check a request before its body has come; return how many bytes that may have.
-
-        Raises the ServiceError that is the answer where the body is of no use.
+        It is the last on its connection, as nobody knows where the next request would begin.
+        `environ` is empty where there is no request.
         """
-        environ["PATH_INFO"] = self._route_path(environ["PATH_INFO"])
-        try:
-            found, names = self._bottle.router.match(environ)
-        except bottle.HTTPError as error:
-            raise as_service_error(error) from error
-        route: Route = found.config["route"]
-        try:
-            self.admission.admit(route, environ, names)
-        except ServiceError as error:
-            self._log(route, environ, error.status, str(error))
-            raise
-        return self.admission.limit(route)
+        environ = {"REQUEST_METHOD": "HEAD" if is_head else "", **environ}
+        return Answer.make(*self._respond(environ, error), "1.1", False)
 
     def is_quick(self, method: str, path: str, query: str) -> bool:
         """Tell whether a request is one to answer at once rather than in a thread."""
-        window = "format" in query or "%" in query  # it may have very many segments
-        return method in ("GET", "HEAD") and self._route_path(path) not in self._slow and not window
+        # A window may have very many segments; a % may hide the word format.
+        window = "format" in query or "%" in query
+        path = self.admission.route_path(path)
+        return method in ("GET", "HEAD") and path not in self._slow and not window
 
-    def _bottle_error(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
-        return self.error_response(as_service_error(error))
+    def _respond(
+        self, environ: Environ, error: Exception | None = None
+    ) -> tuple[str, Headers, bytes | Excerpt]:
+        """Return status, headers and body of the answer to a request or an error, and log it."""
+        try:
+            response = self._error_response(error) if error else self._handle(environ)
+        except Exception as caught:
+            error, response = caught, self._error_response(caught)
+        self._log(environ, response.status_code, error)
+        body = response.body.encode() if isinstance(response.body, str) else response.body
+        if "Content-Length" not in response:  # Bottle leaves it out of a 204 and a 304
+            response["Content-Length"] = len(body)
+        headers = response.headerlist + origin_headers(environ, self.settings.allow_origin)
+        return response.status_line, headers, b"" if environ["REQUEST_METHOD"] == "HEAD" else body
 
-    def error_response(self, error: Exception) -> bottle.HTTPResponse:
-        """Return the JSON response for an error."""
+    def _handle(self, environ: Environ) -> bottle.HTTPResponse:
+        """Admit a request, unless the server has had that done, and let its handler respond."""
+        if environ["REQUEST_METHOD"] == "OPTIONS":
+            if granted := self.admission.preflight(environ):
+                return bottle.HTTPResponse(status=204, headers=granted)
+        if ADMITTED not in environ:
+            self.admission.admit(environ)
+        route, names = environ[ROUTE]
+        return getattr(self, route.handler)(environ, environ[CALLER], **names)
+
+    def _error_response(self, error: Exception) -> bottle.HTTPResponse:
+        """Return the response for an error, in JSON; log those that an operator must see to."""
         if not isinstance(error, ServiceError):
             log.error("a request could not be answered", exc_info=error)
             error = ServiceError()
         elif error.status in (500, 503) and not isinstance(error, MustWait):
             log.error("%s (%s)", error, error.__cause__)
-        return json_response(error.body(), error.status, error.headers)
+        return json_response(error.body(), error.status, **error.headers)
 
-    def _log(self, route: Route, environ: Mapping[str, Any], status: int, reason: str) -> None:
+    def _log(self, environ: Environ, status: int, error: Exception | None) -> None:
         """Log a request that changes something, or would have, and one whose token is refused."""
-        if route.right not in (WRITE, DELETE) and status not in (401, 403):
+        route, _ = environ.get(ROUTE, (None, {}))
+        refused = status in (401, 403)
+        if not route or (route.right not in (WRITE, DELETE) and not refused):
             return
         caller = environ.get(CALLER)
-        known = (caller.tenant, caller.subject) if caller else (None, None)
-        names = [json.dumps(name)[:200] for name in known]
-        asked = route.method, urllib.parse.quote(environ["PATH_INFO"])[:200], status
-        # Quoted as JSON, as parts of the reason come from the token.
-        why = [json.dumps(reason)[:300]] if status in (401, 403) else []
-        log.info("%s tenant=%s sub=%s %s", environ.get("REMOTE_ADDR", "-"), *names,
-                 " ".join(map(str, [*asked, *why])))  # fmt: skip
-
-    def _path(self, *parts: str) -> str:
-        return "/".join([self.settings.url_prefix, *parts])
+        names = (caller.tenant, caller.subject) if caller else (None, None)
+        tenant, subject = (json.dumps(name)[:200] for name in names)
+        path = urllib.parse.quote(self.admission.route_path(environ["PATH_INFO"]))[:200]
+        # Quoted as JSON, because parts of the reason come from the token.
+        why = f" {json.dumps(str(error))[:300]}" if refused else ""
+        address, request = environ.get("REMOTE_ADDR", "-"), f"{route.method} {path} {status}{why}"
+        log.info("%s tenant=%s sub=%s %s", address, tenant, subject, request)
 
     # Images. A handler's docstring is its description in /openapi.json.
 
-    def health(self, caller: Caller) -> bottle.HTTPResponse:
+    def health(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """Tell whether the service can read its catalogue and write in its folder."""
         try:
             self.catalogue.check()
@@ -2951,219 +2978,172 @@ class Application:
             raise Unavailable(f"Not healthy: {error}") from error
         return json_response({"status": "ok"})
 
-    def show_page(self, caller: Caller) -> bottle.HTTPResponse:
+    def show_page(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """Show the page for people at the bench, where Accept names text/html."""
-        accepted = bottle.request.environ.get("HTTP_ACCEPT", "").lower().split(",")
+        accepted = environ.get("HTTP_ACCEPT", "").lower().split(",")
         if "text/html" not in [kind.partition(";")[0].strip() for kind in accepted]:
             raise NotFound(headers={"Vary": "Accept"})
         return bottle.HTTPResponse(PAGE_HTML, 200, PAGE_HEADERS)
 
-    def describe(self, caller: Caller) -> bottle.HTTPResponse:
+    def describe(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """Describe this API, as OpenAPI 3.1."""
         return json_response(describe_api(self.settings.url_prefix, self))
 
-    def list_images(self, caller: Caller) -> bottle.HTTPResponse:
+    def list_images(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """List the images, oldest first; with limit in pages."""
-        query = parse_query(bottle.request.environ)
-        filters: dict[str, object] = {}
-        for name, value in query.items():
-            if name == "confirmed" and value in ("true", "false"):
-                filters[name] = int(value == "true")
-            elif name in ("label", "fw_version") and not text_faults(value):
-                filters[name] = value
-            elif name not in PAGE or "limit" not in query:
-                raise BadRequest
+        query = parse_query(environ)
+        filters: dict[str, object] = {name: query[name] for name in LABELS if name in query}
+        if any(map(text_faults, filters.values())) or ("offset" in query and "limit" not in query):
+            raise BadRequest
+        if "confirmed" in query:
+            filters["confirmed"] = parse_flag(query["confirmed"])
         if "limit" not in query:
             return json_response(self.catalogue.list_json(caller.tenant, filters))
         limit = parse_number(query["limit"], 1, 1000)
         offset = parse_number(query.get("offset", "0"), 0, 10**18)
         total = self.catalogue.count(caller.tenant, filters)
-        pages = {"next": offset + limit if offset + limit < total else None}
-        pages["prev"] = max(offset - limit, 0) if offset else None
+        pages = {"next": offset + limit} if offset + limit < total else {}
+        pages |= {"prev": max(offset - limit, 0)} if offset else {}
+        path = f"{self.settings.url_prefix}/image"
         links = [
-            f"<{self._path('image')}?{urllib.parse.urlencode({**query, 'offset': begin})}>"
-            f'; rel="{relation}"'
+            f'<{path}?{urllib.parse.urlencode({**query, "offset": begin})}>; rel="{relation}"'
             for relation, begin in pages.items()
-            if begin is not None
         ]
         headers = {"X-Total-Count": str(total)} | ({"Link": ", ".join(links)} if links else {})
         listed = self.catalogue.list_json(caller.tenant, filters, limit, offset)
-        return json_response(listed, headers=headers)
+        return json_response(listed, 200, **headers)
 
-    def create_image(self, caller: Caller) -> bottle.HTTPResponse:
+    def create_image(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """Create an image, to which a binary can then be uploaded."""
-        members = parse_json(bottle.request.environ)
-        missing = ["Missing data for required field."]
-        errors: dict[str, list[str]] = {
-            name: text_faults(members[name]) if name in members else missing for name in LABELS
-        }
-        if any(errors.values()):
-            raise FaultyImage({name: faults for name, faults in errors.items() if faults})
+        members = parse_members(environ, required=True)
         require_space(self.binaries.uploads)
-        label = members["label"]
-        image_id, created = self.catalogue.add(caller.tenant, label, members["fw_version"])
-        url = self._path("image", image_id)
-        shown = {"id": image_id, "label": label, "published_at": created, "url": url}
-        return json_response(shown, 201, {"Location": url})
+        image_id, created = self.catalogue.add(caller.tenant, **members)
+        url = f"{self.settings.url_prefix}/image/{image_id}"
+        image = {"id": image_id, "label": members["label"], "published_at": created, "url": url}
+        return json_response(image, 201, Location=url)
 
-    def list_binaries(self, caller: Caller) -> bottle.HTTPResponse:
+    def list_binaries(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """List the file names of the binaries, oldest image first."""
         return json_response(self.catalogue.list_files_json(caller.tenant))
 
-    def latest_image(self, caller: Caller) -> bottle.HTTPResponse:
+    def latest_image(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """Show a label's image with the highest version that has a binary; 204: current has it."""
-        found = self._latest(caller, parse_query(bottle.request.environ), {*LATEST_QUERY})
-        return json_response(found) if found else bottle.HTTPResponse(status=204)
-
-    def _latest(self, caller: Caller, query: Mapping[str, str], allowed: set[str]) -> str | None:
-        """Return the image that is asked for, None where the device has no older version."""
-        if not {"label"} <= query.keys() <= allowed or not all(query.values()):
-            raise BadRequest
+        query = parse_query(environ)
         found = self.catalogue.latest(caller.tenant, query["label"])
         if not found:
             raise NotFound("No image with this label has a binary")
         version, key, image = found
         current = query.get("current", "")
-        if current and (semver_key(current) >= key if semver_key(current) else current == version):
-            return None
-        return image
+        has_it = semver_key(current) >= key if semver_key(current) else current == version
+        return bottle.HTTPResponse(status=204) if has_it else json_response(image)
 
-    def latest_binary(self, caller: Caller) -> bottle.HTTPResponse:
+    def latest_binary(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """Redirect to the binary of the image that /image/latest shows, by a link for an hour."""
-        query = parse_query(bottle.request.environ)
-        found = self._latest(caller, query, {*LATEST_QUERY, *WINDOW})
-        if not found:
-            return bottle.HTTPResponse(status=204)
-        image = json.loads(found)
-        url, _ = self._link(caller, image["id"], image["sha256"], 3600)
-        window = {name: query[name] for name in WINDOW if name in query}
-        more = "&" + urllib.parse.urlencode(window) if window else ""
-        return json_response(found, 307, {"Location": url + more})
+        response = self.latest_image(environ, caller)
+        if response.status_code == 200:
+            image, query = json.loads(response.body), parse_query(environ)
+            url, _ = self._link(environ, image["id"], image["sha256"], 3600)
+            window = {name: query[name] for name in WINDOW if name in query}
+            url += "&" + urllib.parse.urlencode(window) if window else ""
+            response.status, response["Location"] = 307, url
+        return response
 
-    def show_image(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def show_image(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Show an image."""
         return json_response(self.catalogue.get_json(caller.tenant, image_id, WITH_REPORT))
 
-    def change_image(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def change_image(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Change the label, the version or both."""
-        members = parse_json(bottle.request.environ)
-        changes = {name: members[name] for name in LABELS if name in members}
-        if not changes:
-            raise FaultyImage({"_schema": ["Nothing to change."]})
-        errors = {name: faults for name, value in changes.items() if (faults := text_faults(value))}
-        if errors:
-            raise FaultyImage(errors)
-        label, fw_version = changes.get("label"), changes.get("fw_version")
-        permit = permit_by(bottle.request.environ)
+        members = parse_members(environ, required=False)
+        label, fw_version = members.get("label"), members.get("fw_version")
+        permit = permit_by(environ)
         self.catalogue.change(caller.tenant, image_id, label, fw_version, permit)
         return json_response(self.catalogue.get_json(caller.tenant, image_id))
 
-    # Binaries. Here the two stores meet, in an order that survives a power cut:
-    #   upload    1. the files under passing names, synced  2. under the catalogue's write lock
-    #             their own names, the folder synced, then the row, synced  3. the answer
-    #   deletion  1. the row, synced  2. under the write lock, unless another upload was faster,
-    #             the files  3. the answer
+    # Binaries. Here the two stores meet, in an order that survives a power cut. An upload is synced
+    # under temporary names. Then, under the catalogue's write lock, its files get their own names,
+    # and once the folder is synced the row is written and synced. A deletion removes the row
+    # first; once that is synced, it removes the files, under the write lock, unless a new upload
+    # was faster. The answer always comes last.
 
-    def delete_image(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def delete_image(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Delete an image and its binary."""
-        permit = permit_by(bottle.request.environ)
-        removed = self.catalogue.remove(caller.tenant, image_id, permit)
+        removed = self.catalogue.remove(caller.tenant, image_id, permit_by(environ))
         self.catalogue.unless_confirmed(image_id, lambda: self.binaries.remove(image_id))
         return json_response(f'{{"removed_image":{removed},"result":"ok"}}')
 
-    def delete_binary(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def delete_binary(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Delete the binary; that there is none is no error, so that a retry succeeds."""
-        self.catalogue.clear(caller.tenant, image_id, permit_by(bottle.request.environ))
+        self.catalogue.clear(caller.tenant, image_id, permit_by(environ))
         self.catalogue.unless_confirmed(image_id, lambda: self.binaries.remove(image_id))
         return json_response({"result": "ok"})
 
-    def upload_form(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def upload_form(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Upload the binary as the file `image` of a form."""
-        return self._upload(caller, image_id, file_in_form(bottle.request.environ))
+        return self._upload(environ, caller, image_id, file_in_form(environ))
 
-    def upload_file(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def upload_file(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Upload the binary as the body."""
-        return self._upload(caller, image_id, body_blocks(bottle.request.environ))
+        return self._upload(environ, caller, image_id, body_blocks(environ))
 
     def _upload(
-        self, caller: Caller, image_id: str, blocks: Iterable[bytes]
+        self, environ: Environ, caller: Caller, image_id: str, blocks: Iterable[bytes]
     ) -> bottle.HTTPResponse:
-        query = parse_query(bottle.request.environ)
-        wanted, validate = query.get("sha256"), query.get("validate", "true")
-        if wanted is not None and not re.fullmatch("[0-9a-fA-F]{64}", wanted):
-            raise BadRequest
-        if validate not in ("true", "false"):
+        query = parse_query(environ)
+        wanted, check = query.get("sha256", "").lower(), parse_flag(query.get("validate", "true"))
+        if not re.fullmatch("([0-9a-f]{64})?", wanted):
             raise BadRequest
         self.catalogue.get(caller.tenant, image_id)
         limit, require = self.settings.max_upload, self.settings.require_intel_hex
-        with self.binaries.receive(limit, validate == "true", require) as upload:
+        with self.binaries.receive(limit, check, require) as upload:
             for block in blocks:
                 upload.write(block)
             binary = upload.finish()
-            if wanted and wanted.lower() != binary.sha256:
+            if wanted not in ("", binary.sha256):
                 raise BadRequest(f"The SHA-256 of what was received is {binary.sha256}")
             publish = functools.partial(self.binaries.publish, upload, image_id)
             withdraw = functools.partial(self.binaries.remove, image_id)
-            permit = permit_by(bottle.request.environ)
+            permit = permit_by(environ)
             self.catalogue.confirm(caller.tenant, image_id, binary, publish, withdraw, permit)
         checked = binary.report is not None
         return json_response({"image": image_id, "message": "image uploaded", "checked": checked})
 
-    def download_binary(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def download_binary(
+        self, environ: Environ, caller: Caller, image_id: str
+    ) -> bottle.HTTPResponse:
         """Download the binary or a range of it; format=bin gives the raw bytes of Intel HEX."""
-        environ = bottle.request.environ
-        reading = environ["REQUEST_METHOD"] == "GET"
-        image, excerpt, size, headers = self._open(caller, image_id, parse_query(environ))
-        stored, headers["Last-Modified"] = last_modified(image.stored)
-        current = Validators(headers["ETag"], stored)
-        headers["Accept-Ranges"] = "bytes"
-        headers["Cache-Control"] = "private, no-cache"
-        if caller.sha256:
-            left = max(int(caller.expires - time.time()), 0)
-            headers["Cache-Control"] = f"public, max-age={left}, immutable"
-        with contextlib.ExitStack() as closing:
-            closing.callback(excerpt.close)
-            if not_modified(environ, current):
-                return bottle.HTTPResponse("", 304, headers)
-            asked = requested_range(environ, current, size) if reading else None
-            begin, end = (asked.start, asked.stop) if asked else (0, size)
-            headers["Content-Type"] = "application/octet-stream"
-            headers["Content-Length"] = str(end - begin)
-            if asked:
-                headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
-            excerpt.narrow(begin, end)
-            content: bytes | Excerpt = b""
-            if reading and end - begin <= SMALL_RANGE:
-                content = excerpt.read()
-            elif reading:
-                content = excerpt
-                closing.pop_all()  # the server closes it
-            return bottle.HTTPResponse(content, 206 if asked else 200, headers)
-
-    def _open(
-        self, caller: Caller, image_id: str, query: Mapping[str, str]
-    ) -> tuple[Image, Excerpt, int, dict[str, str]]:
-        """Return an image, what is asked for of its binary, the size of that, and its headers."""
         image = self.catalogue.get(caller.tenant, image_id)
         if not image.confirmed or caller.sha256 not in ("", image.sha256):
             raise NoBinary
-        damaged = None
+        query = parse_query(environ)
+        # Between the row and the file, the binary may have been deleted or replaced. So the row is
+        # read again when the file is open, and if it has changed, all begins anew.
+        try:
+            excerpt, headers = self._open(image, query)
+        except Damaged:
+            if self.catalogue.get(caller.tenant, image_id) == image:
+                raise
+            return self.download_binary(environ, caller, image_id)
         with contextlib.ExitStack() as closing:
-            try:
-                opened = (self._window if query.keys() & set(WINDOW) else self._file)(image, query)
-                closing.callback(opened[0].close)
-            except Damaged as error:
-                damaged = error
-            # The file may be that of another upload, or gone, since the row was read.
+            closing.callback(excerpt.close)
             if self.catalogue.get(caller.tenant, image_id) != image:
-                return self._open(caller, image_id, query)
-            if damaged:
-                raise damaged
-            closing.pop_all()
-        return (image, *opened)
+                return self.download_binary(environ, caller, image_id)
+            headers |= {"Accept-Ranges": "bytes", "Cache-Control": "private, no-cache"}
+            if caller.sha256:  # what a signed link gives never changes, and caches may share it
+                left = max(int(caller.expires - time.time()), 0)
+                headers["Cache-Control"] = f"public, max-age={left}, immutable"
+            response = download_response(environ, image.stored, excerpt, headers)
+            if response.body is excerpt:
+                closing.pop_all()  # the server closes it
+            return response
 
-    def _file(self, image: Image, _: Mapping[str, str]) -> tuple[Excerpt, int, dict[str, str]]:
-        """Open a binary as it was uploaded."""
+    def _open(self, image: Image, query: Mapping[str, str]) -> tuple[Excerpt, dict[str, str]]:
+        """Open what a query asks for of a binary; return it with its headers.
+
+        Raises BadRequest, Unprocessable, Damaged.
+        """
+        if query.keys() & {*WINDOW}:
+            return self._open_window(image, query)
         digest = base64.b64encode(bytes.fromhex(image.sha256)).decode()
         headers = {
             "Content-Disposition": attachment(image, ".hex"),
@@ -3171,12 +3151,12 @@ class Application:
             "Repr-Digest": f"sha-256=:{digest}:",
         }
         file = self.binaries.open(image.id, ".hex", image.size)
-        return Excerpt(file, Segments([(0, image.size)]), 0, image.size), image.size, headers
+        return Excerpt(file, Segments([(0, image.size)]), 0, image.size), headers
 
-    def _window(
+    def _open_window(
         self, image: Image, query: Mapping[str, str]
-    ) -> tuple[Excerpt, int, dict[str, str]]:
-        """Open the raw bytes between two addresses; raises BadRequest, Unprocessable."""
+    ) -> tuple[Excerpt, dict[str, str]]:
+        """Open the raw bytes between two addresses; return them with their headers."""
         wanted, fill = parse_window(query)
         if not image.is_hex:
             raise Unprocessable
@@ -3191,32 +3171,33 @@ class Application:
             "X-Load-Address": hex_address(start),
         }
         file = self.binaries.open(image.id, ".bin", image.raw_size)
-        return Excerpt(file, segments, start, end, bytes([fill])), end - start, headers
+        return Excerpt(file, segments, start, end, bytes([fill])), headers
 
-    def make_link(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def make_link(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Make a link that downloads the binary without a token until it expires."""
-        seconds = parse_json(bottle.request.environ, default={}).get("expires_in", 3600)
+        seconds = parse_json(environ, default={}).get("expires_in", 3600)
         whole = type(seconds) in (int, float) and seconds == seconds // 1  # JSON has 60.0 for 60
         if not whole or not 1 <= seconds <= LONGEST_LINK:
             raise BadRequest(f"expires_in takes a whole number of seconds from 1 to {LONGEST_LINK}")
         image = self.catalogue.get(caller.tenant, image_id)
         if not image.confirmed:
             raise NoBinary
-        url, expires = self._link(caller, image_id, image.sha256, int(seconds))
+        url, expires = self._link(environ, image_id, image.sha256, int(seconds))
         moment = datetime.fromtimestamp(expires, timezone.utc)
         return json_response({"url": url, "expires": moment.isoformat(timespec="microseconds")})
 
-    def _link(self, caller: Caller, image_id: str, sha256: str, seconds: int) -> tuple[str, int]:
-        """Return a link to a binary, and when it expires: no later than the token behind it."""
-        environ = bottle.request.environ
-        expires = int(min(time.time() + seconds, caller.expires))
-        name = environ["SERVER_NAME"]
-        name = f"[{name}]" if ":" in name else name
-        host = environ.get("HTTP_HOST") or f"{name}:{environ['SERVER_PORT']}"
-        if not re.fullmatch(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?", host, re.ASCII):
+    def _link(self, environ: Environ, image_id: str, sha256: str, seconds: int) -> tuple[str, int]:
+        """Return a link to a binary, and when it expires: no later than the token of who asks.
+
+        `seconds` is how long it is to last; the expiry is in seconds since the epoch. Raises
+        BadRequest where the Host header, which the link repeats, is none.
+        """
+        expires = int(min(time.time() + seconds, environ[CALLER].expires))
+        host = environ.get("HTTP_HOST") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
+        if not AUTHORITY.fullmatch(host):
             raise BadRequest("The Host header names no host")
         base = self.settings.public_url or f"{environ['wsgi.url_scheme']}://{host}"
-        path = self._path("image", image_id, "binary")
+        path = f"{self.settings.url_prefix}/image/{image_id}/binary"
         return f"{base}{path}?{self.tokens.sign(image_id, sha256, expires)}", expires
 
 
@@ -3533,7 +3514,7 @@ class Connection(asyncio.Protocol):
         request.environ |= {**self._addresses, "REMOTE_ADDR": named}
         with contextlib.closing(request):
             if request.has_body:
-                limit = self._application.admit(request.environ)
+                limit = self._application.admission.admit(request.environ)
                 if request.expect_continue and not self._received:
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 folder = self._application.binaries.uploads
@@ -4477,7 +4458,8 @@ function drawMap(image) {
     y += height;
   }
   label(`${address(end)} end`, Math.max(y, labelled + 16), "gap");
-  if (entry && !isOutside(image)) shapes.push(element("text", {x: 232, y: marked + 4}, "entry point"),
+  if (entry && !isOutside(image)) shapes.push(
+    element("text", {x: 232, y: marked + 4}, "entry point"),
     element("path", {class: "entry", d: `M0 ${marked - 6}l12 6l-12 6z`}));
   const said = `Memory map: ${counted(parts.length, "segment")} with ${exactSize(data)} `
     + `from ${address(begin)} to ${address(end)}` + (entry ? `, entry point ${entry}` : "");
