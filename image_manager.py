@@ -1098,56 +1098,44 @@ def semver_key(version: str) -> str:
     return key
 
 
-MIGRATIONS = (
-    # AUTOINCREMENT never reuses a number, so sqlite_sequence tells whether the store was ever used.
-    """
-    CREATE TABLE image (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,
-        id TEXT NOT NULL UNIQUE,
-        tenant TEXT NOT NULL,
-        label TEXT NOT NULL,
-        fw_version TEXT NOT NULL,
-        precedence TEXT NOT NULL,  -- semver_key(fw_version)
-        created TEXT NOT NULL,
-        updated TEXT,
-        confirmed INTEGER NOT NULL DEFAULT 0,
-        size INTEGER,
-        sha256 TEXT,
-        stored TEXT,  -- when the binary was
-        report TEXT,  -- of sound Intel HEX: the layout that clients see, as JSON
-        segments TEXT  -- of sound Intel HEX: [[address, size], ...] as they stand in the .bin
-    );
+# These parts of the scripts below have not changed since 1.0.0, and like the scripts they must not.
+COLUMNS_OF_1_0_0 = """
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    tenant TEXT NOT NULL,
+    label TEXT NOT NULL,
+    fw_version TEXT NOT NULL,
+    precedence TEXT NOT NULL,  -- semver_key(fw_version)
+    created TEXT NOT NULL,
+    updated TEXT,
+    confirmed INTEGER NOT NULL DEFAULT 0,
+    size INTEGER,
+    sha256 TEXT,
+    stored TEXT,  -- when the binary was stored, or else the one before it
+    report TEXT,  -- of sound Intel HEX: the layout that clients see, as JSON
+"""
+INDEXES_OF_1_0_0 = """
     CREATE INDEX image_by_age ON image (tenant, created);
     CREATE INDEX image_by_label ON image (tenant, label, created);
     CREATE INDEX image_by_version ON image (tenant, fw_version, created);
     CREATE INDEX image_by_confirmed ON image (tenant, confirmed, created);
+"""
+# Statement by statement, with a semicolon between two and none elsewhere.
+MIGRATIONS = (
+    # AUTOINCREMENT never reuses a number, so sqlite_sequence tells whether the store was ever used.
+    f"""
+    CREATE TABLE image ({COLUMNS_OF_1_0_0}
+        segments TEXT  -- [[address, size], ...]
+    );
+    {INDEXES_OF_1_0_0}
     CREATE INDEX image_by_precedence ON image (tenant, label, precedence, created)
         WHERE confirmed = 1
     """,
-    # The column segments goes: the report has them too. The date in stored now outlives its binary,
-    # as the next binary must be dated later. SQLite drops columns only since 3.35, so the table is
-    # made anew.
-    """
-    DROP INDEX image_by_age;
-    DROP INDEX image_by_label;
-    DROP INDEX image_by_version;
-    DROP INDEX image_by_confirmed;
-    DROP INDEX image_by_precedence;
+    # The column segments goes, as the report has them too. SQLite drops columns only since 3.35,
+    # so the table is made anew. Dropping the old one drops its indexes.
+    f"""
     ALTER TABLE image RENAME TO image_1;
-    CREATE TABLE image (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,
-        id TEXT NOT NULL UNIQUE,
-        tenant TEXT NOT NULL,
-        label TEXT NOT NULL,
-        fw_version TEXT NOT NULL,
-        precedence TEXT NOT NULL,  -- semver_key(fw_version)
-        created TEXT NOT NULL,
-        updated TEXT,
-        confirmed INTEGER NOT NULL DEFAULT 0,
-        size INTEGER,
-        sha256 TEXT,
-        stored TEXT,  -- when the binary was, or the last one
-        report TEXT,  -- of sound Intel HEX: the layout that clients see, as JSON
+    CREATE TABLE image ({COLUMNS_OF_1_0_0}
         raw_size INTEGER  -- of the .bin, where there is one
     );
     INSERT INTO image SELECT seq, id, tenant, label, fw_version, precedence, created, updated,
@@ -1155,33 +1143,31 @@ MIGRATIONS = (
         (SELECT nullif(sum(json_extract(value, '$[1]')), 0) FROM json_each(segments))
         FROM image_1;
     DELETE FROM sqlite_sequence WHERE name = 'image';
-    INSERT INTO sqlite_sequence (name, seq)
-        SELECT 'image', seq FROM sqlite_sequence WHERE name = 'image_1';
+    UPDATE sqlite_sequence SET name = 'image' WHERE name = 'image_1';
     DROP TABLE image_1;
-    CREATE INDEX image_by_age ON image (tenant, created);
-    CREATE INDEX image_by_label ON image (tenant, label, created);
-    CREATE INDEX image_by_version ON image (tenant, fw_version, created);
-    CREATE INDEX image_by_confirmed ON image (tenant, confirmed, created);
+    {INDEXES_OF_1_0_0}
     CREATE INDEX image_by_precedence ON image (tenant, label, precedence) WHERE confirmed = 1;
     CREATE TABLE removed (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE)
     """,
 )
 
 # SQLite writes the JSON itself, three times as fast as json.dumps would write it from rows.
-_ALWAYS = "'id', id, 'label', label, 'fw_version', fw_version, 'created', created, 'confirmed', "
+ALWAYS = "'id', id, 'label', label, 'fw_version', fw_version, 'created', created, 'confirmed', "
 IMAGE_JSON = f"""CASE
-    WHEN confirmed THEN json_object({_ALWAYS} json('true'), 'updated', updated,
+    WHEN confirmed THEN json_object({ALWAYS} json('true'), 'updated', updated,
         'size', size, 'sha256', sha256,
         'checked', json(CASE WHEN report IS NULL THEN 'false' ELSE 'true' END))
-    WHEN updated IS NULL THEN json_object({_ALWAYS} json('false'))
-    ELSE json_object({_ALWAYS} json('false'), 'updated', updated) END"""
+    WHEN updated IS NULL THEN json_object({ALWAYS} json('false'))
+    ELSE json_object({ALWAYS} json('false'), 'updated', updated) END"""
+# The same with the member hex; NULL where its report is longer than the parameter :longest.
 WITH_REPORT = f"""CASE WHEN report IS NULL THEN {IMAGE_JSON}
     WHEN length(report) > :longest THEN NULL
     ELSE rtrim({IMAGE_JSON}, '}}') || ',"hex":' || report || '}}' END"""
-COLUMNS = """id, tenant, confirmed, size, sha256, stored, report IS NOT NULL, raw_size, updated,
-    label, fw_version"""
+FILE_NAME_JSON = "json_quote(id || '.hex')"
 
+COLUMNS = "id, confirmed, size, sha256, stored, report IS NOT NULL, raw_size, label, fw_version"
 ONE = "FROM image WHERE id = :id AND tenant = :tenant"
+GET = f"SELECT {COLUMNS} {ONE}"
 LATEST = f"""SELECT fw_version, precedence, {IMAGE_JSON} FROM image
     WHERE tenant = :tenant AND label = :label AND confirmed = 1
     ORDER BY precedence DESC, seq DESC LIMIT 1"""
@@ -1198,6 +1184,7 @@ CHANGE = """UPDATE image SET label = coalesce(:label, label), updated = :now,
 CONFIRM = """UPDATE image SET confirmed = 1, size = :size, sha256 = :sha256, stored = :stored,
     updated = :now, report = :report, raw_size = :raw_size
     WHERE id = :id AND tenant = :tenant AND confirmed = 0"""
+# The date in stored stays, as an image's next binary must be dated later than its last.
 CLEAR = """UPDATE image SET confirmed = 0, size = NULL, sha256 = NULL, report = NULL,
     raw_size = NULL, updated = :now WHERE id = :id AND tenant = :tenant AND confirmed = 1"""
 # The table removed lists deleted images whose files a crash may have left. The last 10,000 do: the
@@ -1207,20 +1194,22 @@ REMOVE = (
     "INSERT INTO removed (id) VALUES (:id)",
     "DELETE FROM removed WHERE seq <= last_insert_rowid() - 10000",
 )
-IN_USE = """SELECT id || '.hex' FROM image WHERE confirmed = 1
-    UNION ALL SELECT id || '.bin' FROM image WHERE confirmed = 1 AND raw_size IS NOT NULL"""
-LEFT_OVER = """SELECT confirmed = 0 OR (:suffix = '.bin' AND raw_size IS NULL) FROM image
-    WHERE id = :id UNION ALL SELECT 1 FROM removed WHERE id = :id"""
+# Every file name that the catalogue can speak of, and whether a binary is to have that file.
+FILES = """SELECT id || '.hex', 0 FROM removed UNION ALL SELECT id || '.bin', 0 FROM removed
+    UNION ALL SELECT id || '.hex', confirmed FROM image
+    UNION ALL SELECT id || '.bin', confirmed AND raw_size IS NOT NULL FROM image"""
 
-
+# What the message of a start-up error says of an error in opening the catalogue.
 CANNOT_USE: dict[type[Exception], str] = {
+    CannotStart: "{error}",
+    Damaged: "{cause}; name another folder with --data, or restore it from a backup, "
+    "without the -wal and -shm files beside it",
     ReadOnly: "it is read-only; let this user write it, or name another folder with --data",
     StorageFull: "the disk is full; make room",
     Unavailable: "another program has locked it; end that, then try again",
 }
 PATIENCE = 10  # seconds that a thread waits for a lock that another process holds
-# Characters of a layout report: what a thread that never waits reads at most, and what any does.
-QUICK_REPORT, LONGEST_REPORT = 64 * KIB, 1 << 30
+QUICK_REPORT = 64 * KIB  # characters; a thread that never waits reads no longer report
 PRAGMAS = (
     "journal_mode = WAL",
     "synchronous = FULL",
@@ -1240,14 +1229,12 @@ class Image(NamedTuple):
     """What the service itself needs to know of an image; the members are those of COLUMNS."""
 
     id: str
-    tenant: str
     confirmed: int
     size: int
     sha256: str
     stored: str
     is_hex: int  # 1 for sound Intel HEX
     raw_size: int | None  # bytes of the .bin, where there is one
-    updated: str
     label: str
     fw_version: str
 
@@ -1284,7 +1271,8 @@ class Catalogue:
         # Threads that write queue here, as SQLite itself waits by sleeping, up to 100 ms at a time.
         self._writing = threading.RLock()
         self._additions: list[dict[str, Any]] = []  # images to add, which no thread records yet
-        self._segments: dict[str, Segments] = {}  # a cache: the last few binaries, by digest
+        # Downloads of one binary by many devices need them again and again; the largest take 6 MiB.
+        self.segments = functools.lru_cache(maxsize=4)(self._read_segments)
         CATALOGUES.add(self)
         try:
             with self._transaction() if make else self._connection() as connection:
@@ -1295,19 +1283,15 @@ class Catalogue:
             self._place = self._find()
         except (ServiceError, CannotStart) as error:
             self.close()
-            reason = f"{error.__cause__ or error}; name another folder with --data, or "
-            reason += "restore it from a backup, without the -wal and -shm files beside it"
-            reason = str(error) if isinstance(error, CannotStart) else reason
-            reason = CANNOT_USE.get(type(error), reason)
+            reason = CANNOT_USE[type(error)].format(error=error, cause=error.__cause__)
             raise CannotStart(f"Cannot use {path} as the catalogue: {reason}") from error
 
     def _find(self) -> tuple[int, int] | None:
         """Return which file now has the catalogue's name, None if there is none."""
-        try:
+        with contextlib.suppress(OSError):
             found = os.stat(self._path)
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
+            return found.st_dev, found.st_ino
+        return None
 
     def require_in_place(self) -> None:
         """Raise Unavailable where changes would be lost: the file has been deleted or replaced."""
@@ -1324,6 +1308,7 @@ class Catalogue:
         if version < len(MIGRATIONS) and not self._make:
             raise CannotStart("an older version of this program made it: start the service once")
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            # Not by executescript(), which would commit the transaction first.
             for statement in script.split(";"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {number}")
@@ -1339,7 +1324,7 @@ class Catalogue:
         return getattr(self._thread, "waits", True)
 
     def _open(self, waits: bool) -> sqlite3.Connection:
-        self.require_in_place()
+        self.require_in_place()  # SQLite would make a new file in the place of a deleted one
         connection = sqlite3.connect(
             self._path.absolute().as_uri() + ("" if self._make else "?mode=ro"),
             uri=True,
@@ -1359,54 +1344,48 @@ class Catalogue:
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection; the one place where SQLite's errors become the service's own.
 
-        One that has met an error is not lent again.
+        Where the block raises an error the connection is closed, which rolls back a transaction.
         """
-        connection, waits = None, self._waits()
+        waits, reusable = self._waits(), False
         try:
-            # Another thread may take the last one between a test and the pop: so there is no test.
-            with contextlib.suppress(IndexError):
+            try:
                 connection = self._idle[waits].pop()
-            connection = connection or self._open(waits)
-            yield connection
+            except IndexError:
+                connection = self._open(waits)
+            try:
+                yield connection
+                reusable = not self._closed
+            finally:
+                if reusable:
+                    self._idle[waits].append(connection)
+                else:
+                    connection.close()
         except sqlite3.Error as error:
-            if connection:
-                connection.close()
-                connection = None
             locked = Unavailable if waits else MustWait
             known = {"disk is full": StorageFull, "is locked": locked, "readonly": ReadOnly}
             if shutil.disk_usage(self._path.parent).free < MIB:
                 known["disk I/O error"] = StorageFull  # no room for the -shm file
-            found = [kind for words, kind in known.items() if words in str(error)]
-            raise (found or [Damaged])[0]() from error
-        finally:
-            if connection and self._closed:
-                connection.close()
-            elif connection:
-                self._idle[waits].append(connection)
+            kinds = [kind for words, kind in known.items() if words in str(error)]
+            raise (kinds or [Damaged])[0] from error
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """Run a write transaction; it is committed and synced when the block ends."""
-        with self._writing, self._connection() as connection:
-            self.require_in_place()
-            connection.execute("BEGIN IMMEDIATE")
-            try:
+        with self._writing:
+            self.require_in_place()  # first: if not, connections that can still read are kept
+            with self._connection() as connection:
+                connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")
-            finally:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
 
     def _row(self, sql: str, **values: object) -> Any:
         with self._connection() as connection:
             return connection.execute(sql, values).fetchone()
 
-    def _image_row(self, columns: str, tenant: str, image_id: str) -> Any:
-        longest = LONGEST_REPORT if self._waits() else QUICK_REPORT
-        sql = f"SELECT {columns} {ONE}"
-        row = self._row(sql, tenant=tenant, id=image_id, longest=longest)
+    def _image_row(self, sql: str, **values: object) -> Any:
+        row = self._row(sql, **values)
         if not row:
-            raise NoSuchImage(image_id)
+            raise NoSuchImage(str(values["id"]))
         return row
 
     def close(self) -> None:
@@ -1433,6 +1412,7 @@ class Catalogue:
         self._additions.append(new)
         with self._writing:
             if new in self._additions:
+                # One by one, as other threads may add to the list meanwhile.
                 together = [self._additions.pop(0) for _ in self._additions[:]]
                 try:
                     with self._transaction() as connection:
@@ -1447,51 +1427,47 @@ class Catalogue:
         return new["id"], new["now"]
 
     def get(self, tenant: str, image_id: str) -> Image:
-        return Image(*self._image_row(COLUMNS, tenant, image_id))
+        return Image(*self._image_row(GET, id=image_id, tenant=tenant))
 
-    def get_json(self, tenant: str, image_id: str, columns: str = IMAGE_JSON) -> str:
+    def get_json(self, tenant: str, image_id: str, item: str = IMAGE_JSON) -> str:
         """Return the image object; WITH_REPORT adds the layout of its Intel HEX."""
-        (found,) = self._image_row(columns, tenant, image_id)
+        longest = math.inf if self._waits() else QUICK_REPORT
+        sql = f"SELECT {item} {ONE}"
+        (found,) = self._image_row(sql, id=image_id, tenant=tenant, longest=longest)
         if found is None:
             raise MustWait
         return str(found)
 
-    def segments(self, image: Image) -> Segments:
+    def _read_segments(self, image: Image) -> Segments:
         """Return where the data of sound Intel HEX belong.
 
         Raises Damaged also where another binary has been recorded since the image was read.
         """
-        known = self._segments.get(image.sha256)
-        if not known:
-            sha256, report = self._image_row("sha256, report", image.tenant, image.id)
-            try:
-                if sha256 != image.sha256:  # the cache must not have them under its digest
-                    raise ValueError("another binary")
-                known = parse_segments(report)
-            except (ValueError, KeyError, TypeError) as error:
-                raise Damaged from error
-            others = list(self._segments.items())[-3:]  # the largest takes 6 MiB
-            self._segments = dict(others) | {image.sha256: known}
-        return known
+        sql = "SELECT report FROM image WHERE id = :id AND sha256 = :sha256"
+        row = self._row(sql, id=image.id, sha256=image.sha256)
+        if not row:
+            raise Damaged
+        segments = json.loads(row[0])["segments"]
+        return Segments((int(segment["address"], 16), segment["size"]) for segment in segments)
 
     def tenant(self, image_id: str) -> str:
         """Return whose image it is; for signed links alone, which name no tenant."""
-        row = self._row("SELECT tenant FROM image WHERE id = :id", id=image_id)
-        if not row:
-            raise NoSuchImage(image_id)
-        return str(row[0])
+        return str(self._image_row("SELECT tenant FROM image WHERE id = :id", id=image_id)[0])
 
     def list_json(
-        self, tenant: str, filters: Mapping[str, object], limit: int = -1, offset: int = 0
+        self,
+        tenant: str,
+        filters: Mapping[str, object],
+        limit: int = -1,
+        offset: int = 0,
+        item: str = IMAGE_JSON,
     ) -> str:
-        """Return the tenant's images that pass all filters (of FILTERS), oldest first."""
-        sql = LIST.format(item=IMAGE_JSON, filters="".join(FILTERS[name] for name in filters))
-        return str(self._row(sql, tenant=tenant, limit=limit, offset=offset, **filters)[0])
+        """Return the tenant's images that pass all filters (of FILTERS), oldest first.
 
-    def list_files_json(self, tenant: str) -> str:
-        """Return the names of the tenant's .hex files, oldest image first."""
-        sql = LIST.format(item="json_quote(id || '.hex')", filters=FILTERS["confirmed"])
-        return str(self._row(sql, tenant=tenant, confirmed=1, limit=-1, offset=0)[0])
+        FILE_NAME_JSON gives the names of their .hex files instead.
+        """
+        sql = LIST.format(item=item, filters="".join(FILTERS[name] for name in filters))
+        return str(self._row(sql, tenant=tenant, limit=limit, offset=offset, **filters)[0])
 
     def count(self, tenant: str, filters: Mapping[str, object]) -> int:
         sql = COUNT.format(filters="".join(FILTERS[name] for name in filters))
@@ -1503,16 +1479,15 @@ class Catalogue:
 
     @contextlib.contextmanager
     def _changing(
-        self, tenant: str, image_id: str, permit: Permit
+        self, tenant: str, image_id: str
     ) -> Iterator[tuple[sqlite3.Connection, Image, dict[str, Any]]]:
-        """Run a write transaction on an image that is there and permits it."""
-        key = {"id": image_id, "tenant": tenant}
+        """Run a write transaction on an image; lend a connection, the image, and SQL parameters."""
         with self._transaction() as connection:
-            row = connection.execute(f"SELECT {COLUMNS} {ONE}", key).fetchone()
+            values = {"id": image_id, "tenant": tenant, "now": now_text()}
+            row = connection.execute(GET, values).fetchone()
             if not row:
                 raise NoSuchImage(image_id)
-            permit(Image(*row))
-            yield connection, Image(*row), {**key, "now": now_text()}
+            yield connection, Image(*row), values
 
     def change(
         self,
@@ -1524,62 +1499,49 @@ class Catalogue:
     ) -> None:
         """Set the label, the version or both; None leaves one as it is."""
         precedence = None if fw_version is None else semver_key(fw_version)
-        values = {"label": label, "fw_version": fw_version, "precedence": precedence}
-        with self._changing(tenant, image_id, permit) as (connection, _, key):
-            connection.execute(CHANGE, key | values)
+        changes = {"label": label, "fw_version": fw_version, "precedence": precedence}
+        with self._changing(tenant, image_id) as (connection, image, values):
+            permit(image)
+            connection.execute(CHANGE, values | changes)
 
-    def confirm(
-        self,
-        tenant: str,
-        image_id: str,
-        binary: Binary,
-        publish: Callable[[], None],
-        withdraw: Callable[[], None],
-        permit: Permit,
-    ) -> None:
-        """Publish the files of a binary and record it, with no other upload in between.
+    @contextlib.contextmanager
+    def confirm(self, tenant: str, image_id: str, binary: Binary, permit: Permit) -> Iterator[None]:
+        """Record a binary once the block has published its files, with no upload in between.
 
-        The same bytes may be published again, which mends damaged files. Where recording fails
-        after publish(), withdraw() undoes it. Raises ServiceError 409 where others are recorded.
+        The same bytes may be published again, which mends damaged files. Raises ServiceError 409
+        where others are recorded. Where it raises any error, call unless_confirmed() to remove
+        what was published.
         """
-        published = False
-
-        def permit_binary(image: Image) -> None:
+        with self._changing(tenant, image_id) as (connection, image, values):
             if image.confirmed and image.sha256 != binary.sha256:
                 raise ServiceError("Binary already exists", status=409)
             permit(image)
-
-        try:
-            with self._changing(tenant, image_id, permit_binary) as (connection, image, key):
-                published = True
-                publish()
-                last = image.stored
-                key["stored"] = max(key["now"], a_second_after(last)) if last else key["now"]
-                connection.execute(CONFIRM, key | binary._asdict())
-        except BaseException:
-            if published:
-                self.unless_confirmed(image_id, withdraw)
-            raise
+            yield
+            last, now = image.stored, values["now"]
+            values["stored"] = max(now, a_second_after(last)) if last else now
+            connection.execute(CONFIRM, values | binary._asdict())
 
     def clear(self, tenant: str, image_id: str, permit: Permit) -> None:
         """Record that an image has no binary any more, if it had one."""
-        with self._changing(tenant, image_id, permit) as (connection, _, key):
-            connection.execute(CLEAR, key)
+        with self._changing(tenant, image_id) as (connection, image, values):
+            permit(image)
+            connection.execute(CLEAR, values)
 
     def remove(self, tenant: str, image_id: str, permit: Permit) -> str:
         """Remove an image; return the object that it was."""
-        with self._changing(tenant, image_id, permit) as (connection, _, key):
-            (removed,) = connection.execute(f"SELECT {IMAGE_JSON} {ONE}", key).fetchone()
+        with self._changing(tenant, image_id) as (connection, image, values):
+            permit(image)
+            (removed,) = connection.execute(f"SELECT {IMAGE_JSON} {ONE}", values).fetchone()
             for statement in REMOVE:
-                connection.execute(statement, key)
+                connection.execute(statement, values)
         return str(removed)
 
-    def unless_confirmed(self, image_id: str, action: Callable[[], None]) -> None:
-        """Run an action on an image's files if it has no binary, while no upload can record one."""
+    def unless_confirmed(self, image_id: str, action: Callable[[str], None]) -> None:
+        """Run an action on an image's id if it has no binary, while no upload can record one."""
         sql = "SELECT 1 FROM image WHERE id = ? AND confirmed = 1"
         with self._transaction() as connection:
             if not connection.execute(sql, (image_id,)).fetchone():
-                action()
+                action(image_id)
 
     def confirmed(self) -> list[Image]:
         """Return all tenants' images that have a binary."""
@@ -1594,14 +1556,8 @@ class Catalogue:
         it knows nothing of the file, as it may be older than that.
         """
         with self._connection() as connection:
-            in_use = {name for (name,) in connection.execute(IN_USE)}
-            found = {}
-            for name in set(names) - in_use:
-                image_id, suffix = os.path.splitext(name)
-                key = {"id": image_id, "suffix": suffix}
-                left = [said for (said,) in connection.execute(LEFT_OVER, key)]
-                found[name] = suffix in (".hex", ".bin") and left != [] and all(left)
-            return found
+            files = dict(connection.execute(FILES))
+        return {name: name in files for name in names if not files.get(name)}
 
     def faults(self, check: str = "integrity_check") -> list[str]:
         """Return the faults that SQLite finds in the catalogue; quick_check skips the indexes."""
@@ -1648,11 +1604,6 @@ def disconnect_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=disconnect_all)
-
-
-def parse_segments(report: str) -> Segments:
-    segments = json.loads(report)["segments"]
-    return Segments((int(segment["address"], 16), segment["size"]) for segment in segments)
 
 
 def now_text() -> str:
@@ -3008,7 +2959,9 @@ class Application:
 
     def list_binaries(self, caller: Caller) -> bottle.HTTPResponse:
         """List the file names of the binaries, oldest image first."""
-        return json_response(self.catalogue.list_files_json(caller.tenant))
+        return json_response(
+            self.catalogue.list_json(caller.tenant, {"confirmed": 1}, item=FILE_NAME_JSON)
+        )
 
     def latest_image(self, caller: Caller) -> bottle.HTTPResponse:
         """Show a label's image with the highest version that has a binary; 204: current has it."""
@@ -3068,13 +3021,13 @@ class Application:
         """Delete an image and its binary."""
         permit = permit_by(bottle.request.environ)
         removed = self.catalogue.remove(caller.tenant, image_id, permit)
-        self.catalogue.unless_confirmed(image_id, lambda: self.binaries.remove(image_id))
+        self.catalogue.unless_confirmed(image_id, self.binaries.remove)
         return json_response(f'{{"removed_image":{removed},"result":"ok"}}')
 
     def delete_binary(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Delete the binary; that there is none is no error, so that a retry succeeds."""
         self.catalogue.clear(caller.tenant, image_id, permit_by(bottle.request.environ))
-        self.catalogue.unless_confirmed(image_id, lambda: self.binaries.remove(image_id))
+        self.catalogue.unless_confirmed(image_id, self.binaries.remove)
         return json_response({"result": "ok"})
 
     def upload_form(self, caller: Caller, image_id: str) -> bottle.HTTPResponse:
@@ -3102,10 +3055,13 @@ class Application:
             binary = upload.finish()
             if wanted and wanted.lower() != binary.sha256:
                 raise BadRequest(f"The SHA-256 of what was received is {binary.sha256}")
-            publish = functools.partial(self.binaries.publish, upload, image_id)
-            withdraw = functools.partial(self.binaries.remove, image_id)
             permit = permit_by(bottle.request.environ)
-            self.catalogue.confirm(caller.tenant, image_id, binary, publish, withdraw, permit)
+            try:
+                with self.catalogue.confirm(caller.tenant, image_id, binary, permit):
+                    self.binaries.publish(upload, image_id)
+            except BaseException:
+                self.catalogue.unless_confirmed(image_id, self.binaries.remove)
+                raise
         checked = binary.report is not None
         return json_response({"image": image_id, "message": "image uploaded", "checked": checked})
 

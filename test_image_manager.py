@@ -2784,8 +2784,8 @@ def test_window_of_262_144_pieces_is_served_by_a_few_reads(tmp_path, monkeypatch
 def test_record_of_very_many_segments_is_not_read_where_others_would_wait(catalogue):
     image_id, _ = catalogue.add("t", "l", "1")
     report = json.dumps({"segments": [{"address": "0x00000000", "size": 1}] * 5000})
-    nothing = lambda *_: None  # noqa: E731
-    catalogue.confirm("t", image_id, Binary(1, "ab", report, 1), nothing, nothing, nothing)
+    with catalogue.confirm("t", image_id, Binary(1, "ab", report, 1), lambda image: None):
+        pass
     catalogue.never_wait()
     assert json.loads(catalogue.get_json("t", image_id))["confirmed"]
     with pytest.raises(MustWait):
