@@ -161,7 +161,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 try:
     import bottle
@@ -1632,22 +1632,22 @@ class Excerpt:
     """A read-only file: the bytes between two addresses, with gaps filled, cut to a range.
 
     Made for a WSGI server's file wrapper: it ends where the range ends whatever the server does,
-    and gives a block at a time, so that a window over a wide gap takes no memory.
+    and gives a block at a time, so that a window over a wide gap takes no memory. wsgiref needs
+    read() alone; waitress finds the length by seek() and tell(). Our own server has the system
+    send what in_one_piece() names.
     """
 
     def __init__(
         self, file: io.FileIO, segments: Segments, start: int, end: int, fill: bytes = b""
     ) -> None:
+        """Take a file with the data of segments, two addresses, and the byte for gaps if any."""
         self._file, self._segments, self._start, self._fill = file, segments, start, fill
-        self._begin, self._at, self._end = start, start, end
+        self.narrow(0, end - start)
 
     def narrow(self, begin: int, end: int) -> None:
-        """Cut to the bytes from `begin` to before `end`."""
-        self._begin = self._at = self._start + begin
+        """Cut to the bytes from `begin` to before `end`, counted from the start address."""
+        self._begin = self._at = self._start + begin  # addresses, like all that follow
         self._end = self._start + end
-
-    def seekable(self) -> bool:
-        return True
 
     def tell(self) -> int:
         return self._at - self._begin
@@ -1663,31 +1663,29 @@ class Excerpt:
         return (self._file, extent.offset, left) if extent and extent.size == left else None
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes, LARGEST_READ at most; only at the end there are none."""
+        """Return the next bytes, LARGEST_READ at most; only at the end there are none.
+
+        Raises OSError where the file is too short.
+        """
         left = max(self._end - self._at, 0)
         size = min(left, LARGEST_READ, LARGEST_READ if size < 0 else size)
         begin, self._at = self._at, self._at + size
         extents = list(self._segments.between(begin, self._at))
-        stored = sum(extent.size for extent in extents)
-        data = self._stored(extents[0].offset, stored) if extents else b""
-        if stored == size:
-            return data
-        block, taken = bytearray(self._fill * size), 0
-        for extent in extents:
-            at = extent.address - begin
-            block[at : at + extent.size] = data[taken : taken + extent.size]
-            taken += extent.size
-        return bytes(block)
-
-    def _stored(self, offset: int, size: int) -> bytes:
-        if hasattr(os, "pread"):
-            block = os.pread(self._file.fileno(), size, offset)
-        else:  # Windows
-            self._file.seek(offset)
-            block = self._file.read(size)
-        if len(block) < size:  # else the server would wait for the rest for ever
+        if not extents:
+            return self._fill * size
+        # In the file the extents follow one another without gaps, so one read gets them all.
+        first, last = extents[0].offset, extents[-1].offset + extents[-1].size
+        self._file.seek(first)
+        data = self._file.read(last - first)
+        if len(data) < last - first:  # else the server would wait for the rest for ever
             raise OSError(errno.EIO, "A binary was cut off while it was read")
-        return block
+        if len(data) == size:
+            return data
+        block = bytearray(self._fill * size)
+        for extent in extents:
+            at, taken = extent.address - begin, extent.offset - first
+            block[at : at + extent.size] = data[taken : taken + extent.size]
+        return bytes(block)
 
     def close(self) -> None:
         self._file.close()
@@ -1707,20 +1705,29 @@ def read_extents(file: io.FileIO, extents: Iterable[Extent]) -> Iterator[bytes]:
 
 
 class Upload:
-    """A binary on its way in: files in tmp/ until they are published."""
+    """A binary on its way in: a .hex file in tmp/, and a .bin of the data if it is Intel HEX."""
 
     def __init__(self, folder: Path, limit: int, check: bool, require: bool) -> None:
         self._folder, self._limit, self._check, self._require = folder, limit, check, require
         self._hash, self._size = hashlib.sha256(), 0
         self._begin: bytes | None = b""  # the first bytes, until they tell what kind of file it is
-        self._reader: HexReader | None = None
-        self._files: dict[str, io.BufferedWriter] = {}
-        self.paths: dict[str, Path] = {}  # by the suffix that the files will have
+        self._reader: HexReader | None = None  # of Intel HEX, until a fault is found
+        self.files: dict[str, IO[bytes]] = {}  # by the suffix that they will have
         self._create(".hex")
 
     def _create(self, suffix: str) -> None:
-        handle, name = tempfile.mkstemp(suffix, dir=self._folder)
-        self.paths[suffix], self._files[suffix] = Path(name), open(handle, "wb")
+        self.files[suffix] = tempfile.NamedTemporaryFile(dir=self._folder, delete=False)
+
+    def _store(self, suffix: str, block: bytes) -> None:
+        require_space(self._folder, len(block))
+        self.files[suffix].write(block)
+
+    def _drop(self, suffix: str) -> None:
+        if file := self.files.pop(suffix, None):
+            try:
+                file.close()
+            finally:
+                os.unlink(file.name)
 
     def write(self, block: bytes) -> None:
         """Take the next bytes; raises TooLarge, StorageFull, or BadRequest for a faulty file."""
@@ -1731,13 +1738,14 @@ class Upload:
         self._store(".hex", block)
         if self._begin is None:
             self._read(block)
-            return
-        self._begin += block
-        if len(self._begin) >= DETECTION_LIMIT:
-            self._recognise()
+        else:
+            self._begin += block
+            if len(self._begin) >= DETECTION_LIMIT:
+                self._recognise(self._begin)
 
-    def _recognise(self) -> None:
-        begin, self._begin = self._begin or b"", None
+    def _recognise(self, begin: bytes) -> None:
+        """Find out by its beginning whether the file is Intel HEX, and read that if so."""
+        self._begin = None
         if looks_like_hex(begin[:DETECTION_LIMIT]):
             self._reader = HexReader()
             self._create(".bin")
@@ -1746,37 +1754,36 @@ class Upload:
             raise BadRequest("Not an Intel HEX file")
 
     def _read(self, block: bytes) -> None:
-        if self._reader:
-            with self._reading():
+        with self._refusing_faults():
+            if self._reader:
                 self._store(".bin", self._reader.feed(block))
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Refuse a file with a fault; or, if it is not to be checked, go on without its layout."""
+    def _refusing_faults(self) -> Iterator[None]:
+        """Refuse a file with a fault; or, if it is not to be checked, read no more of it."""
         try:
             yield
         except HexFault as fault:
+            self._reader = None
             if self._check:
                 raise BadRequest(f"{fault}; ?validate=false stores it unchecked") from fault
-            self._reader = None
-            self._drop(".bin")
-
-    def _store(self, suffix: str, block: bytes) -> None:
-        require_space(self._folder, len(block))
-        self._files[suffix].write(block)
 
     def finish(self) -> Binary:
         """Bring all of it to the disk; return what it is. Raises what write() does."""
         if self._begin is not None:
-            self._recognise()
+            self._recognise(self._begin)
         report = raw_size = None
-        if self._reader:
-            with self._reading():
+        with self._refusing_faults():
+            if self._reader:
                 self._store(".bin", self._reader.finish())
                 layout = self._reader.layout()
-                raw_size = self._put_in_order(self._reader, layout)
                 report = json.dumps(layout.report())
-        for file in self._files.values():
+                if self._reader.has_raw_bytes():
+                    raw_size = sum(size for _, size in layout.segments)
+                    self._put_in_order(self._reader.pieces)
+        if raw_size is None:
+            self._drop(".bin")
+        for file in self.files.values():
             file.flush()
             sync(file.fileno())
             file.close()
@@ -1784,32 +1791,21 @@ class Upload:
         require_space(self._folder, 3 * len(report or ""))
         return Binary(self._size, self._hash.hexdigest(), report, raw_size)
 
-    def _put_in_order(self, reader: HexReader, layout: Layout) -> int | None:
-        """Put the .bin in the order of addresses; return its size, None where there is none."""
-        if not reader.has_raw_bytes():
-            self._drop(".bin")
-            return None
-        if not reader.pieces.is_in_order():
-            self._files[".bin"].close()
-            unordered = self.paths[".bin"]
-            try:
-                self._create(".bin")
-                with open(unordered, "rb", buffering=0) as file:
-                    for block in read_extents(file, reader.pieces.extents()):
-                        self._store(".bin", block)
-            finally:
-                unordered.unlink()
-        return sum(size for _, size in layout.segments)
-
-    def _drop(self, suffix: str) -> None:
-        try:
-            self._files.pop(suffix).close()
-        finally:
-            self.paths.pop(suffix).unlink(missing_ok=True)
+    def _put_in_order(self, pieces: Pieces) -> None:
+        """Make the .bin anew unless its data are in the order of addresses, each once."""
+        if pieces.is_in_order():
+            return
+        unordered = self.files["unordered"] = self.files.pop(".bin")
+        unordered.flush()
+        self._create(".bin")
+        with open(unordered.name, "rb", buffering=0) as file:
+            for block in read_extents(file, pieces.extents()):
+                self._store(".bin", block)
+        self._drop("unordered")
 
     def close(self) -> None:
         """Remove what was not published."""
-        for suffix in list(self.paths):
+        for suffix in list(self.files):
             with contextlib.suppress(OSError):  # what stays is removed at the next start
                 self._drop(suffix)
 
@@ -1827,17 +1823,19 @@ class BinaryStore:
             sync_folder(folder)
 
     def _require_renaming(self) -> None:
-        """Raise CannotStart where a file cannot move from one folder to the other in one step."""
+        """Raise CannotStart where a file cannot move from one folder to the other in one step.
+
+        Only trying tells: between two bind mounts of one file system it fails as well.
+        """
         # It tries with a folder: one that a crash leaves is not taken for a binary.
-        name = tempfile.mkdtemp(dir=self.uploads)
+        probe = Path(tempfile.mkdtemp(dir=self.uploads))
         try:
-            os.replace(name, self.folder / Path(name).name)
-            name = str(self.folder / Path(name).name)
+            probe = probe.replace(self.folder / probe.name)
         except OSError as error:
             remedy = "what arrives in one must appear in the other in one step"
             raise CannotStart(f"{self.folder} and tmp are on two mounts: {remedy}") from error
         finally:
-            os.rmdir(name)
+            probe.rmdir()
 
     @contextlib.contextmanager
     def receive(self, limit: int, check: bool = True, require: bool = False) -> Iterator[Upload]:
@@ -1845,18 +1843,20 @@ class BinaryStore:
 
         `check` refuses Intel HEX that is not sound, `require` all that is no Intel HEX.
         """
-        with full_disk_as_error(), contextlib.ExitStack() as closing:
-            new = Upload(self.uploads, limit, check, require)
-            yield closing.enter_context(contextlib.closing(new))
+        with (
+            full_disk_as_error(),
+            contextlib.closing(Upload(self.uploads, limit, check, require)) as upload,
+        ):
+            yield upload
 
     def publish(self, upload: Upload, image_id: str) -> None:
         """Give the files of a finished upload their names, for good."""
-        for suffix in sorted(upload.paths):  # the .bin first: where the .hex is, the rest is too
-            os.replace(upload.paths[suffix], self.path(image_id, suffix))
-        if ".bin" not in upload.paths:  # an earlier binary, now being deleted, may have had one
+        for suffix in sorted(upload.files):  # the .bin first: where the .hex is, the rest is too
+            os.replace(upload.files[suffix].name, self.path(image_id, suffix))
+        if ".bin" not in upload.files:  # an earlier binary, now being deleted, may have had one
             self.path(image_id, ".bin").unlink(missing_ok=True)
         sync_folder(self.folder)
-        upload.paths.clear()
+        upload.files.clear()
 
     def remove(self, image_id: str) -> None:
         """Remove the files of an image, if there are any."""
