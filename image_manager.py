@@ -1240,6 +1240,7 @@ class Image(NamedTuple):
 
 
 Permit = Callable[[Image], None]  # raises an error where the image must not be changed now
+Filters = Mapping[str, object]  # the keys are those of FILTERS, the values what images must have
 
 
 class Binary(NamedTuple):
@@ -1457,19 +1458,19 @@ class Catalogue:
     def list_json(
         self,
         tenant: str,
-        filters: Mapping[str, object],
+        filters: Filters,
         limit: int = -1,
         offset: int = 0,
         item: str = IMAGE_JSON,
     ) -> str:
-        """Return the tenant's images that pass all filters (of FILTERS), oldest first.
+        """Return the tenant's images that pass all filters, oldest first; no limit is -1.
 
         FILE_NAME_JSON gives the names of their .hex files instead.
         """
         sql = LIST.format(item=item, filters="".join(FILTERS[name] for name in filters))
         return str(self._row(sql, tenant=tenant, limit=limit, offset=offset, **filters)[0])
 
-    def count(self, tenant: str, filters: Mapping[str, object]) -> int:
+    def count(self, tenant: str, filters: Filters) -> int:
         sql = COUNT.format(filters="".join(FILTERS[name] for name in filters))
         return int(self._row(sql, tenant=tenant, **filters)[0])
 
@@ -1490,19 +1491,15 @@ class Catalogue:
             yield connection, Image(*row), values
 
     def change(
-        self,
-        tenant: str,
-        image_id: str,
-        label: str | None,
-        fw_version: str | None,
-        permit: Permit,
+        self, tenant: str, image_id: str, changes: Mapping[str, str], permit: Permit
     ) -> None:
-        """Set the label, the version or both; None leaves one as it is."""
-        precedence = None if fw_version is None else semver_key(fw_version)
-        changes = {"label": label, "fw_version": fw_version, "precedence": precedence}
+        """Set the label, the version (fw_version) or both, whichever `changes` has."""
+        new = dict.fromkeys(("label", "fw_version", "precedence")) | dict(changes)
+        if "fw_version" in changes:
+            new["precedence"] = semver_key(changes["fw_version"])
         with self._changing(tenant, image_id) as (connection, image, values):
             permit(image)
-            connection.execute(CHANGE, values | changes)
+            connection.execute(CHANGE, values | new)
 
     @contextlib.contextmanager
     def confirm(self, tenant: str, image_id: str, binary: Binary, permit: Permit) -> Iterator[None]:
@@ -1705,29 +1702,32 @@ def read_extents(file: io.FileIO, extents: Iterable[Extent]) -> Iterator[bytes]:
 
 
 class Upload:
-    """A binary on its way in: a .hex file in tmp/, and a .bin of the data if it is Intel HEX."""
+    """A binary on its way in: its .hex file in tmp/, and a .bin file for the data of Intel HEX."""
 
     def __init__(self, folder: Path, limit: int, check: bool, require: bool) -> None:
         self._folder, self._limit, self._check, self._require = folder, limit, check, require
         self._hash, self._size = hashlib.sha256(), 0
-        self._begin: bytes | None = b""  # the first bytes, until they tell what kind of file it is
-        self._reader: HexReader | None = None  # of Intel HEX, until a fault is found
+        self._unread = b""  # bytes that are stored already, for the reader to take in larger blocks
+        self._reader = HexReader()
+        self._is_hex = (
+            True  # until the beginning, or a fault where none is refused, shows otherwise
+        )
         self.files: dict[str, IO[bytes]] = {}  # by the suffix that they will have
-        self._create(".hex")
-
-    def _create(self, suffix: str) -> None:
-        self.files[suffix] = tempfile.NamedTemporaryFile(dir=self._folder, delete=False)
+        self._store(".hex", b"")  # an empty file is a file
 
     def _store(self, suffix: str, block: bytes) -> None:
+        """Append to one of the files, which begins to exist with its first block."""
         require_space(self._folder, len(block))
+        if suffix not in self.files:
+            self.files[suffix] = tempfile.NamedTemporaryFile(dir=self._folder, delete=False)
         self.files[suffix].write(block)
 
     def _drop(self, suffix: str) -> None:
-        if file := self.files.pop(suffix, None):
-            try:
-                file.close()
-            finally:
-                os.unlink(file.name)
+        file = self.files.pop(suffix)
+        try:
+            file.close()
+        finally:
+            os.unlink(file.name)
 
     def write(self, block: bytes) -> None:
         """Take the next bytes; raises TooLarge, StorageFull, or BadRequest for a faulty file."""
@@ -1736,70 +1736,56 @@ class Upload:
             raise TooLarge(self._limit)
         self._hash.update(block)
         self._store(".hex", block)
-        if self._begin is None:
-            self._read(block)
-        else:
-            self._begin += block
-            if len(self._begin) >= DETECTION_LIMIT:
-                self._recognise(self._begin)
+        self._unread += block
+        if len(self._unread) >= DETECTION_LIMIT:
+            self._read()
 
-    def _recognise(self, begin: bytes) -> None:
-        """Find out by its beginning whether the file is Intel HEX, and read that if so."""
-        self._begin = None
-        if looks_like_hex(begin[:DETECTION_LIMIT]):
-            self._reader = HexReader()
-            self._create(".bin")
-            self._read(begin)
-        elif self._require:
-            raise BadRequest("Not an Intel HEX file")
-
-    def _read(self, block: bytes) -> None:
-        with self._refusing_faults():
-            if self._reader:
-                self._store(".bin", self._reader.feed(block))
-
-    @contextlib.contextmanager
-    def _refusing_faults(self) -> Iterator[None]:
-        """Refuse a file with a fault; or, if it is not to be checked, read no more of it."""
+    def _read(self, at_end: bool = False) -> Layout | None:
+        """Read what is unread, if it is Intel HEX; return the layout of a sound file at its end."""
+        block, self._unread = self._unread, b""
+        if len(block) == self._size:  # the beginning of the file, which tells its kind
+            self._is_hex = looks_like_hex(block[:DETECTION_LIMIT])
+            if self._require and not self._is_hex:
+                raise BadRequest("Not an Intel HEX file")
+        if not self._is_hex:
+            return None
         try:
-            yield
+            self._store(".bin", self._reader.feed(block))
+            if not at_end:
+                return None
+            self._store(".bin", self._reader.finish())
+            return self._reader.layout()
         except HexFault as fault:
-            self._reader = None
             if self._check:
                 raise BadRequest(f"{fault}; ?validate=false stores it unchecked") from fault
+            self._is_hex = False
+            return None
 
     def finish(self) -> Binary:
         """Bring all of it to the disk; return what it is. Raises what write() does."""
-        if self._begin is not None:
-            self._recognise(self._begin)
-        report = raw_size = None
-        with self._refusing_faults():
-            if self._reader:
-                self._store(".bin", self._reader.finish())
-                layout = self._reader.layout()
-                report = json.dumps(layout.report())
-                if self._reader.has_raw_bytes():
-                    raw_size = sum(size for _, size in layout.segments)
-                    self._put_in_order(self._reader.pieces)
-        if raw_size is None:
+        layout, raw_size = self._read(at_end=True), None
+        if layout and self._reader.has_raw_bytes():
+            raw_size = sum(size for _, size in layout.segments)
+            self._put_in_order()
+        elif ".bin" in self.files:
             self._drop(".bin")
         for file in self.files.values():
             file.flush()
             sync(file.fileno())
             file.close()
+        report = json.dumps(layout.report()) if layout else None
         # The catalogue writes the report to its log, and later to its table.
         require_space(self._folder, 3 * len(report or ""))
         return Binary(self._size, self._hash.hexdigest(), report, raw_size)
 
-    def _put_in_order(self, pieces: Pieces) -> None:
-        """Make the .bin anew unless its data are in the order of addresses, each once."""
-        if pieces.is_in_order():
+    def _put_in_order(self) -> None:
+        """Make the .bin anew unless its data are in the order of addresses already."""
+        if self._reader.pieces.is_in_order():
             return
         unordered = self.files["unordered"] = self.files.pop(".bin")
         unordered.flush()
-        self._create(".bin")
         with open(unordered.name, "rb", buffering=0) as file:
-            for block in read_extents(file, pieces.extents()):
+            for block in read_extents(file, self._reader.pieces.extents()):
                 self._store(".bin", block)
         self._drop("unordered")
 
@@ -3006,9 +2992,8 @@ class Application:
         errors = {name: faults for name, value in changes.items() if (faults := text_faults(value))}
         if errors:
             raise FaultyImage(errors)
-        label, fw_version = changes.get("label"), changes.get("fw_version")
         permit = permit_by(bottle.request.environ)
-        self.catalogue.change(caller.tenant, image_id, label, fw_version, permit)
+        self.catalogue.change(caller.tenant, image_id, changes, permit)
         return json_response(self.catalogue.get_json(caller.tenant, image_id))
 
     # Binaries. Here the two stores meet, in an order that survives a power cut:

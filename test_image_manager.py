@@ -4570,7 +4570,8 @@ def test_tools_follow_the_fixed_address_to_the_latest_binary(fleet, tool):
         pytest.skip(f"needs {tool.split()[0]}")
     header = ["-H" if tool.startswith("curl") else "--header", f"Authorization: Bearer {token}"]
     url = f"{server.url}/image/latest/binary?label=sensor&current=0.9.0+7"
-    server.application.catalogue.change("admin", path.split("/")[2], None, "99.0.0", lambda _: None)
+    image_id, changes = path.split("/")[2], {"fw_version": "99.0.0"}
+    server.application.catalogue.change("admin", image_id, changes, lambda image: None)
     done = run(*tool.split(), *header, url, check=True)
     assert done.stdout == content
 
