@@ -159,7 +159,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
@@ -1181,10 +1181,13 @@ ADD = """INSERT INTO image (id, tenant, label, fw_version, precedence, created)
 CHANGE = """UPDATE image SET label = coalesce(:label, label), updated = :now,
     fw_version = coalesce(:fw_version, fw_version), precedence = coalesce(:precedence, precedence)
     WHERE id = :id AND tenant = :tenant"""
-CONFIRM = """UPDATE image SET confirmed = 1, size = :size, sha256 = :sha256, stored = :stored,
-    updated = :now, report = :report, raw_size = :raw_size
+# An image's next binary is dated a second after its last at least, so that a date in If-Range
+# cannot mean both. SQLite's dates have milliseconds, hence one of these more.
+CONFIRM = """UPDATE image SET confirmed = 1, size = :size, sha256 = :sha256, report = :report,
+    raw_size = :raw_size, updated = :now, stored = coalesce(
+        max(:now, strftime('%Y-%m-%dT%H:%M:%f000+00:00', stored, '+1.001 seconds')), :now)
     WHERE id = :id AND tenant = :tenant AND confirmed = 0"""
-# The date in stored stays, as an image's next binary must be dated later than its last.
+# The date in stored stays, for the next binary's.
 CLEAR = """UPDATE image SET confirmed = 0, size = NULL, sha256 = NULL, report = NULL,
     raw_size = NULL, updated = :now WHERE id = :id AND tenant = :tenant AND confirmed = 1"""
 # The table removed lists deleted images whose files a crash may have left. The last 10,000 do: the
@@ -1265,7 +1268,7 @@ class Catalogue:
         Raises CannotStart.
         """
         self._path, self._closed, self._make = path, False, make
-        self._place: tuple[int, int] | None = None  # of the file, once it is there
+        self._stat: os.stat_result | None = None  # of the file, once it is there
         self._thread = threading.local()
         # Connections to lend to any thread: those that wait for a lock, and those that do not.
         self._idle: dict[bool, list[sqlite3.Connection]] = {True: [], False: []}
@@ -1281,23 +1284,18 @@ class Catalogue:
             # SQLite would not say so before the first change.
             if make and not os.access(path, os.W_OK):
                 raise ReadOnly
-            self._place = self._find()
+            self._stat = os.stat(path)
         except (ServiceError, CannotStart) as error:
             self.close()
             reason = CANNOT_USE[type(error)].format(error=error, cause=error.__cause__)
             raise CannotStart(f"Cannot use {path} as the catalogue: {reason}") from error
 
-    def _find(self) -> tuple[int, int] | None:
-        """Return which file now has the catalogue's name, None if there is none."""
-        with contextlib.suppress(OSError):
-            found = os.stat(self._path)
-            return found.st_dev, found.st_ino
-        return None
-
     def require_in_place(self) -> None:
         """Raise Unavailable where changes would be lost: the file has been deleted or replaced."""
-        if self._place and self._find() != self._place:
-            raise Unavailable("The catalogue was deleted or replaced: restart the service")
+        with contextlib.suppress(OSError):
+            if not self._stat or os.path.samestat(self._stat, os.stat(self._path)):
+                return
+        raise Unavailable("The catalogue was deleted or replaced: restart the service")
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -1514,8 +1512,6 @@ class Catalogue:
                 raise ServiceError("Binary already exists", status=409)
             permit(image)
             yield
-            last, now = image.stored, values["now"]
-            values["stored"] = max(now, a_second_after(last)) if last else now
             connection.execute(CONFIRM, values | binary._asdict())
 
     def clear(self, tenant: str, image_id: str, permit: Permit) -> None:
@@ -1605,11 +1601,6 @@ if hasattr(os, "register_at_fork"):
 
 def now_text() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")
-
-
-def a_second_after(moment: str) -> str:
-    later = datetime.fromisoformat(moment) + timedelta(seconds=1)
-    return later.isoformat(timespec="microseconds")
 
 
 # ------------------------------------------------------------------------------------- binaries
@@ -1712,22 +1703,18 @@ class Upload:
         self._is_hex = (
             True  # until the beginning, or a fault where none is refused, shows otherwise
         )
-        self.files: dict[str, IO[bytes]] = {}  # by the suffix that they will have
+        self._drafts: list[IO[bytes]] = []  # all files that were made
+        self.files: dict[str, IO[bytes]] = {}  # those to publish, by the suffix they will have
         self._store(".hex", b"")  # an empty file is a file
 
     def _store(self, suffix: str, block: bytes) -> None:
         """Append to one of the files, which begins to exist with its first block."""
         require_space(self._folder, len(block))
         if suffix not in self.files:
-            self.files[suffix] = tempfile.NamedTemporaryFile(dir=self._folder, delete=False)
+            draft = tempfile.NamedTemporaryFile(dir=self._folder, delete=False)
+            self._drafts.append(draft)
+            self.files[suffix] = draft
         self.files[suffix].write(block)
-
-    def _drop(self, suffix: str) -> None:
-        file = self.files.pop(suffix)
-        try:
-            file.close()
-        finally:
-            os.unlink(file.name)
 
     def write(self, block: bytes) -> None:
         """Take the next bytes; raises TooLarge, StorageFull, or BadRequest for a faulty file."""
@@ -1767,8 +1754,8 @@ class Upload:
         if layout and self._reader.has_raw_bytes():
             raw_size = sum(size for _, size in layout.segments)
             self._put_in_order()
-        elif ".bin" in self.files:
-            self._drop(".bin")
+        else:
+            self.files.pop(".bin", None)
         for file in self.files.values():
             file.flush()
             sync(file.fileno())
@@ -1782,18 +1769,19 @@ class Upload:
         """Make the .bin anew unless its data are in the order of addresses already."""
         if self._reader.pieces.is_in_order():
             return
-        unordered = self.files["unordered"] = self.files.pop(".bin")
+        unordered = self.files.pop(".bin")
         unordered.flush()
         with open(unordered.name, "rb", buffering=0) as file:
             for block in read_extents(file, self._reader.pieces.extents()):
                 self._store(".bin", block)
-        self._drop("unordered")
 
     def close(self) -> None:
-        """Remove what was not published."""
-        for suffix in list(self.files):
-            with contextlib.suppress(OSError):  # what stays is removed at the next start
-                self._drop(suffix)
+        """Remove what was not published; what cannot be removed goes at the next start."""
+        for draft in self._drafts:
+            with contextlib.suppress(OSError):  # the disk has no room for what is still to write
+                draft.close()
+            with contextlib.suppress(OSError):  # it was published, and has another name now
+                os.unlink(draft.name)
 
 
 class BinaryStore:
@@ -1842,7 +1830,6 @@ class BinaryStore:
         if ".bin" not in upload.files:  # an earlier binary, now being deleted, may have had one
             self.path(image_id, ".bin").unlink(missing_ok=True)
         sync_folder(self.folder)
-        upload.files.clear()
 
     def remove(self, image_id: str) -> None:
         """Remove the files of an image, if there are any."""
@@ -1872,8 +1859,7 @@ class BinaryStore:
 
     def names(self) -> set[str]:
         """Return the names of all files that are there."""
-        with os.scandir(self.folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
+        return {entry.name for entry in os.scandir(self.folder) if entry.is_file()}
 
     def check(self) -> None:
         """Write a file that vanishes at once; raises StorageFull or OSError."""
@@ -3044,7 +3030,7 @@ class Application:
             try:
                 with self.catalogue.confirm(caller.tenant, image_id, binary, permit):
                     self.binaries.publish(upload, image_id)
-            except BaseException:
+            except BaseException:  # files without a record must go, be it a part of them
                 self.catalogue.unless_confirmed(image_id, self.binaries.remove)
                 raise
         checked = binary.report is not None
