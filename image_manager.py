@@ -1120,7 +1120,8 @@ INDEXES_OF_1_0_0 = """
     CREATE INDEX image_by_version ON image (tenant, fw_version, created);
     CREATE INDEX image_by_confirmed ON image (tenant, confirmed, created);
 """
-# Statement by statement, with a semicolon between two and none elsewhere.
+# Script number N, counted from 1, makes version N of the schema from the one before. It is cut into
+# statements at its semicolons, so there must be none in a comment.
 MIGRATIONS = (
     # AUTOINCREMENT never reuses a number, so sqlite_sequence tells whether the store was ever used.
     f"""
@@ -1187,7 +1188,7 @@ CONFIRM = """UPDATE image SET confirmed = 1, size = :size, sha256 = :sha256, rep
     raw_size = :raw_size, updated = :now, stored = coalesce(
         max(:now, strftime('%Y-%m-%dT%H:%M:%f000+00:00', stored, '+1.001 seconds')), :now)
     WHERE id = :id AND tenant = :tenant AND confirmed = 0"""
-# The date in stored stays, for the next binary's.
+# The date in stored stays, as the next binary's date depends on it.
 CLEAR = """UPDATE image SET confirmed = 0, size = NULL, sha256 = NULL, report = NULL,
     raw_size = NULL, updated = :now WHERE id = :id AND tenant = :tenant AND confirmed = 1"""
 # The table removed lists deleted images whose files a crash may have left. The last 10,000 do: the
@@ -1197,12 +1198,12 @@ REMOVE = (
     "INSERT INTO removed (id) VALUES (:id)",
     "DELETE FROM removed WHERE seq <= last_insert_rowid() - 10000",
 )
-# Every file name that the catalogue can speak of, and whether a binary is to have that file.
+# All file names that the catalogue knows, and whether the file belongs to a binary (1) or may go.
 FILES = """SELECT id || '.hex', 0 FROM removed UNION ALL SELECT id || '.bin', 0 FROM removed
     UNION ALL SELECT id || '.hex', confirmed FROM image
     UNION ALL SELECT id || '.bin', confirmed AND raw_size IS NOT NULL FROM image"""
 
-# What the message of a start-up error says of an error in opening the catalogue.
+# What a start-up error says where opening the catalogue has raised one of these.
 CANNOT_USE: dict[type[Exception], str] = {
     CannotStart: "{error}",
     Damaged: "{cause}; name another folder with --data, or restore it from a backup, "
@@ -1224,7 +1225,6 @@ PRAGMAS = (
     "journal_size_limit = 1048576",
     # As in sync(): macOS alone needs another call to write through to the disk.
     "fullfsync = 1",
-    "checkpoint_fullfsync = 1",
 )
 
 
@@ -1242,8 +1242,9 @@ class Image(NamedTuple):
     fw_version: str
 
 
-Permit = Callable[[Image], None]  # raises an error where the image must not be changed now
-Filters = Mapping[str, object]  # the keys are those of FILTERS, the values what images must have
+# Raises an error where an image, as it is under the write lock, must not be changed: If-Match.
+Permit = Callable[[Image], None]
+Values = Mapping[str, object]  # of the parameters of a piece of SQL, by their names
 
 
 class Binary(NamedTuple):
@@ -1268,14 +1269,14 @@ class Catalogue:
         Raises CannotStart.
         """
         self._path, self._closed, self._make = path, False, make
-        self._stat: os.stat_result | None = None  # of the file, once it is there
+        self._stat: os.stat_result | None = None  # tells the file from others, once it is there
         self._thread = threading.local()
         # Connections to lend to any thread: those that wait for a lock, and those that do not.
         self._idle: dict[bool, list[sqlite3.Connection]] = {True: [], False: []}
         # Threads that write queue here, as SQLite itself waits by sleeping, up to 100 ms at a time.
         self._writing = threading.RLock()
         self._additions: list[dict[str, Any]] = []  # images to add, which no thread records yet
-        # Downloads of one binary by many devices need them again and again; the largest take 6 MiB.
+        # A fleet downloads one binary again and again: the last few are kept, 6 MiB at most each.
         self.segments = functools.lru_cache(maxsize=4)(self._read_segments)
         CATALOGUES.add(self)
         try:
@@ -1313,9 +1314,9 @@ class Catalogue:
             connection.execute(f"PRAGMA user_version = {number}")
 
     def never_wait(self) -> None:
-        """Have this thread get MustWait for what takes time, or where the catalogue is locked.
+        """Have this thread get MustWait instead of waiting for a lock or a long report.
 
-        For the thread on which all connections of the server depend.
+        It is meant for the server's event loop, on which all connections depend.
         """
         self._thread.waits = False
 
@@ -1371,7 +1372,9 @@ class Catalogue:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """Run a write transaction; it is committed and synced when the block ends."""
         with self._writing:
-            self.require_in_place()  # first: if not, connections that can still read are kept
+            # Before a connection is lent, as an error would close it: one to a catalogue that was
+            # deleted still reads, so that downloads go on.
+            self.require_in_place()
             with self._connection() as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
@@ -1416,7 +1419,7 @@ class Catalogue:
                 try:
                     with self._transaction() as connection:
                         for each in together:
-                            each["now"] = now_text()  # here, so that rows are in this order
+                            each["now"] = now_text()  # under the lock: in the order of the rows
                             connection.execute(ADD, each)
                 except BaseException as error:
                     for each in together:
@@ -1454,21 +1457,16 @@ class Catalogue:
         return str(self._image_row("SELECT tenant FROM image WHERE id = :id", id=image_id)[0])
 
     def list_json(
-        self,
-        tenant: str,
-        filters: Filters,
-        limit: int = -1,
-        offset: int = 0,
-        item: str = IMAGE_JSON,
+        self, tenant: str, filters: Values, limit: int = -1, offset: int = 0, item: str = IMAGE_JSON
     ) -> str:
-        """Return the tenant's images that pass all filters, oldest first; no limit is -1.
+        """Return the tenant's images that pass all filters (of FILTERS), oldest first.
 
-        FILE_NAME_JSON gives the names of their .hex files instead.
+        FILE_NAME_JSON gives the names of their .hex files instead. A limit of -1 is none.
         """
         sql = LIST.format(item=item, filters="".join(FILTERS[name] for name in filters))
         return str(self._row(sql, tenant=tenant, limit=limit, offset=offset, **filters)[0])
 
-    def count(self, tenant: str, filters: Filters) -> int:
+    def count(self, tenant: str, filters: Values) -> int:
         sql = COUNT.format(filters="".join(FILTERS[name] for name in filters))
         return int(self._row(sql, tenant=tenant, **filters)[0])
 
@@ -1698,12 +1696,10 @@ class Upload:
     def __init__(self, folder: Path, limit: int, check: bool, require: bool) -> None:
         self._folder, self._limit, self._check, self._require = folder, limit, check, require
         self._hash, self._size = hashlib.sha256(), 0
-        self._unread = b""  # bytes that are stored already, for the reader to take in larger blocks
-        self._reader = HexReader()
-        self._is_hex = (
-            True  # until the beginning, or a fault where none is refused, shows otherwise
-        )
-        self._drafts: list[IO[bytes]] = []  # all files that were made
+        # The reader takes DETECTION_LIMIT or more at once, as the first so many bytes tell whether
+        # the file is Intel HEX. It is taken for that until they, or a fault, show otherwise.
+        self._unread, self._is_hex, self._reader = b"", True, HexReader()
+        self._drafts: list[IO[bytes]] = []  # all files that were made in tmp/
         self.files: dict[str, IO[bytes]] = {}  # those to publish, by the suffix they will have
         self._store(".hex", b"")  # an empty file is a file
 
@@ -1711,9 +1707,8 @@ class Upload:
         """Append to one of the files, which begins to exist with its first block."""
         require_space(self._folder, len(block))
         if suffix not in self.files:
-            draft = tempfile.NamedTemporaryFile(dir=self._folder, delete=False)
-            self._drafts.append(draft)
-            self.files[suffix] = draft
+            self.files[suffix] = tempfile.NamedTemporaryFile(dir=self._folder, delete=False)
+            self._drafts.append(self.files[suffix])
         self.files[suffix].write(block)
 
     def write(self, block: bytes) -> None:
@@ -1753,7 +1748,8 @@ class Upload:
         layout, raw_size = self._read(at_end=True), None
         if layout and self._reader.has_raw_bytes():
             raw_size = sum(size for _, size in layout.segments)
-            self._put_in_order()
+            if not self._reader.pieces.is_in_order():
+                self._put_in_order()
         else:
             self.files.pop(".bin", None)
         for file in self.files.values():
@@ -1766,9 +1762,7 @@ class Upload:
         return Binary(self._size, self._hash.hexdigest(), report, raw_size)
 
     def _put_in_order(self) -> None:
-        """Make the .bin anew unless its data are in the order of addresses already."""
-        if self._reader.pieces.is_in_order():
-            return
+        """Make the .bin anew, with its data in the order of addresses."""
         unordered = self.files.pop(".bin")
         unordered.flush()
         with open(unordered.name, "rb", buffering=0) as file:
