@@ -1502,8 +1502,8 @@ class Catalogue:
         """Record a binary once the block has published its files, with no upload in between.
 
         The same bytes may be published again, which mends damaged files. Raises ServiceError 409
-        where others are recorded. Where it raises any error, call unless_confirmed() to remove
-        what was published.
+        where others are recorded. Where the block or the recording fails, what was published is to
+        be removed by unless_confirmed().
         """
         with self._changing(tenant, image_id) as (connection, image, values):
             if image.confirmed and image.sha256 != binary.sha256:
@@ -3021,12 +3021,13 @@ class Application:
             if wanted and wanted.lower() != binary.sha256:
                 raise BadRequest(f"The SHA-256 of what was received is {binary.sha256}")
             permit = permit_by(bottle.request.environ)
-            try:
+            with contextlib.ExitStack() as failing:
                 with self.catalogue.confirm(caller.tenant, image_id, binary, permit):
+                    # From here on there may be files without a record, which must go.
+                    withdraw = self.catalogue.unless_confirmed
+                    failing.callback(withdraw, image_id, self.binaries.remove)
                     self.binaries.publish(upload, image_id)
-            except BaseException:  # files without a record must go, be it a part of them
-                self.catalogue.unless_confirmed(image_id, self.binaries.remove)
-                raise
+                failing.pop_all()
         checked = binary.report is not None
         return json_response({"image": image_id, "message": "image uploaded", "checked": checked})
 
