@@ -160,9 +160,9 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 try:
     import bottle
@@ -1099,56 +1099,45 @@ def semver_key(version: str) -> str:
     return key
 
 
-MIGRATIONS = (
-    # AUTOINCREMENT never reuses a number, so sqlite_sequence tells whether the store was ever used.
-    """
-    CREATE TABLE image (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,
-        id TEXT NOT NULL UNIQUE,
-        tenant TEXT NOT NULL,
-        label TEXT NOT NULL,
-        fw_version TEXT NOT NULL,
-        precedence TEXT NOT NULL,  -- semver_key(fw_version)
-        created TEXT NOT NULL,
-        updated TEXT,
-        confirmed INTEGER NOT NULL DEFAULT 0,
-        size INTEGER,
-        sha256 TEXT,
-        stored TEXT,  -- when the binary was
-        report TEXT,  -- of sound Intel HEX: the layout that clients see, as JSON
-        segments TEXT  -- of sound Intel HEX: [[address, size], ...] as they stand in the .bin
-    );
+# These parts of the scripts below have not changed since 1.0.0, and like the scripts they must not.
+COLUMNS_OF_1_0_0 = """
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    tenant TEXT NOT NULL,
+    label TEXT NOT NULL,
+    fw_version TEXT NOT NULL,
+    precedence TEXT NOT NULL,  -- semver_key(fw_version)
+    created TEXT NOT NULL,
+    updated TEXT,
+    confirmed INTEGER NOT NULL DEFAULT 0,
+    size INTEGER,
+    sha256 TEXT,
+    stored TEXT,  -- when the binary was stored, or else the one before it
+    report TEXT,  -- of sound Intel HEX: the layout that clients see, as JSON
+"""
+INDEXES_OF_1_0_0 = """
     CREATE INDEX image_by_age ON image (tenant, created);
     CREATE INDEX image_by_label ON image (tenant, label, created);
     CREATE INDEX image_by_version ON image (tenant, fw_version, created);
     CREATE INDEX image_by_confirmed ON image (tenant, confirmed, created);
+"""
+# Script number N, counted from 1, makes version N of the schema from the one before. It is cut into
+# statements at its semicolons, so there must be none in a comment.
+MIGRATIONS = (
+    # AUTOINCREMENT never reuses a number, so sqlite_sequence tells whether the store was ever used.
+    f"""
+    CREATE TABLE image ({COLUMNS_OF_1_0_0}
+        segments TEXT  -- [[address, size], ...]
+    );
+    {INDEXES_OF_1_0_0}
     CREATE INDEX image_by_precedence ON image (tenant, label, precedence, created)
         WHERE confirmed = 1
     """,
-    # The column segments goes: the report has them too. The date in stored now outlives its binary,
-    # as the next binary must be dated later. SQLite drops columns only since 3.35, so the table is
-    # made anew.
-    """
-    DROP INDEX image_by_age;
-    DROP INDEX image_by_label;
-    DROP INDEX image_by_version;
-    DROP INDEX image_by_confirmed;
-    DROP INDEX image_by_precedence;
+    # The column segments goes, as the report has them too. SQLite drops columns only since 3.35,
+    # so the table is made anew. Dropping the old one drops its indexes.
+    f"""
     ALTER TABLE image RENAME TO image_1;
-    CREATE TABLE image (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,
-        id TEXT NOT NULL UNIQUE,
-        tenant TEXT NOT NULL,
-        label TEXT NOT NULL,
-        fw_version TEXT NOT NULL,
-        precedence TEXT NOT NULL,  -- semver_key(fw_version)
-        created TEXT NOT NULL,
-        updated TEXT,
-        confirmed INTEGER NOT NULL DEFAULT 0,
-        size INTEGER,
-        sha256 TEXT,
-        stored TEXT,  -- when the binary was, or the last one
-        report TEXT,  -- of sound Intel HEX: the layout that clients see, as JSON
+    CREATE TABLE image ({COLUMNS_OF_1_0_0}
         raw_size INTEGER  -- of the .bin, where there is one
     );
     INSERT INTO image SELECT seq, id, tenant, label, fw_version, precedence, created, updated,
@@ -1156,33 +1145,31 @@ MIGRATIONS = (
         (SELECT nullif(sum(json_extract(value, '$[1]')), 0) FROM json_each(segments))
         FROM image_1;
     DELETE FROM sqlite_sequence WHERE name = 'image';
-    INSERT INTO sqlite_sequence (name, seq)
-        SELECT 'image', seq FROM sqlite_sequence WHERE name = 'image_1';
+    UPDATE sqlite_sequence SET name = 'image' WHERE name = 'image_1';
     DROP TABLE image_1;
-    CREATE INDEX image_by_age ON image (tenant, created);
-    CREATE INDEX image_by_label ON image (tenant, label, created);
-    CREATE INDEX image_by_version ON image (tenant, fw_version, created);
-    CREATE INDEX image_by_confirmed ON image (tenant, confirmed, created);
+    {INDEXES_OF_1_0_0}
     CREATE INDEX image_by_precedence ON image (tenant, label, precedence) WHERE confirmed = 1;
     CREATE TABLE removed (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE)
     """,
 )
 
 # SQLite writes the JSON itself, three times as fast as json.dumps would write it from rows.
-_ALWAYS = "'id', id, 'label', label, 'fw_version', fw_version, 'created', created, 'confirmed', "
+ALWAYS = "'id', id, 'label', label, 'fw_version', fw_version, 'created', created, 'confirmed', "
 IMAGE_JSON = f"""CASE
-    WHEN confirmed THEN json_object({_ALWAYS} json('true'), 'updated', updated,
+    WHEN confirmed THEN json_object({ALWAYS} json('true'), 'updated', updated,
         'size', size, 'sha256', sha256,
         'checked', json(CASE WHEN report IS NULL THEN 'false' ELSE 'true' END))
-    WHEN updated IS NULL THEN json_object({_ALWAYS} json('false'))
-    ELSE json_object({_ALWAYS} json('false'), 'updated', updated) END"""
+    WHEN updated IS NULL THEN json_object({ALWAYS} json('false'))
+    ELSE json_object({ALWAYS} json('false'), 'updated', updated) END"""
+# The same with the member hex; NULL where its report is longer than the parameter :longest.
 WITH_REPORT = f"""CASE WHEN report IS NULL THEN {IMAGE_JSON}
     WHEN length(report) > :longest THEN NULL
     ELSE rtrim({IMAGE_JSON}, '}}') || ',"hex":' || report || '}}' END"""
-COLUMNS = """id, tenant, confirmed, size, sha256, stored, report IS NOT NULL, raw_size, updated,
-    label, fw_version"""
+FILE_NAME_JSON = "json_quote(id || '.hex')"
 
+COLUMNS = "id, confirmed, size, sha256, stored, report IS NOT NULL, raw_size, label, fw_version"
 ONE = "FROM image WHERE id = :id AND tenant = :tenant"
+GET = f"SELECT {COLUMNS} {ONE}"
 LATEST = f"""SELECT fw_version, precedence, {IMAGE_JSON} FROM image
     WHERE tenant = :tenant AND label = :label AND confirmed = 1
     ORDER BY precedence DESC, seq DESC LIMIT 1"""
@@ -1196,9 +1183,13 @@ ADD = """INSERT INTO image (id, tenant, label, fw_version, precedence, created)
 CHANGE = """UPDATE image SET label = coalesce(:label, label), updated = :now,
     fw_version = coalesce(:fw_version, fw_version), precedence = coalesce(:precedence, precedence)
     WHERE id = :id AND tenant = :tenant"""
-CONFIRM = """UPDATE image SET confirmed = 1, size = :size, sha256 = :sha256, stored = :stored,
-    updated = :now, report = :report, raw_size = :raw_size
+# An image's next binary is dated a second after its last at least, so that a date in If-Range
+# cannot mean both. SQLite's dates have milliseconds, hence one of these more.
+CONFIRM = """UPDATE image SET confirmed = 1, size = :size, sha256 = :sha256, report = :report,
+    raw_size = :raw_size, updated = :now, stored = coalesce(
+        max(:now, strftime('%Y-%m-%dT%H:%M:%f000+00:00', stored, '+1.001 seconds')), :now)
     WHERE id = :id AND tenant = :tenant AND confirmed = 0"""
+# The date in stored stays, as the next binary's date depends on it.
 CLEAR = """UPDATE image SET confirmed = 0, size = NULL, sha256 = NULL, report = NULL,
     raw_size = NULL, updated = :now WHERE id = :id AND tenant = :tenant AND confirmed = 1"""
 # The table removed lists deleted images whose files a crash may have left. The last 10,000 do: the
@@ -1208,20 +1199,22 @@ REMOVE = (
     "INSERT INTO removed (id) VALUES (:id)",
     "DELETE FROM removed WHERE seq <= last_insert_rowid() - 10000",
 )
-IN_USE = """SELECT id || '.hex' FROM image WHERE confirmed = 1
-    UNION ALL SELECT id || '.bin' FROM image WHERE confirmed = 1 AND raw_size IS NOT NULL"""
-LEFT_OVER = """SELECT confirmed = 0 OR (:suffix = '.bin' AND raw_size IS NULL) FROM image
-    WHERE id = :id UNION ALL SELECT 1 FROM removed WHERE id = :id"""
+# All file names that the catalogue knows, and whether the file belongs to a binary (1) or may go.
+FILES = """SELECT id || '.hex', 0 FROM removed UNION ALL SELECT id || '.bin', 0 FROM removed
+    UNION ALL SELECT id || '.hex', confirmed FROM image
+    UNION ALL SELECT id || '.bin', confirmed AND raw_size IS NOT NULL FROM image"""
 
-
+# What a start-up error says where opening the catalogue has raised one of these.
 CANNOT_USE: dict[type[Exception], str] = {
+    CannotStart: "{error}",
+    Damaged: "{cause}; name another folder with --data, or restore it from a backup, "
+    "without the -wal and -shm files beside it",
     ReadOnly: "it is read-only; let this user write it, or name another folder with --data",
     StorageFull: "the disk is full; make room",
     Unavailable: "another program has locked it; end that, then try again",
 }
 PATIENCE = 10  # seconds that a thread waits for a lock that another process holds
-# Characters of a layout report: what a thread that never waits reads at most, and what any does.
-QUICK_REPORT, LONGEST_REPORT = 64 * KIB, 1 << 30
+QUICK_REPORT = 64 * KIB  # characters; a thread that never waits reads no longer report
 PRAGMAS = (
     "journal_mode = WAL",
     "synchronous = FULL",
@@ -1233,7 +1226,6 @@ PRAGMAS = (
     "journal_size_limit = 1048576",
     # As in sync(): macOS alone needs another call to write through to the disk.
     "fullfsync = 1",
-    "checkpoint_fullfsync = 1",
 )
 
 
@@ -1241,19 +1233,19 @@ class Image(NamedTuple):
     """What the service itself needs to know of an image; the members are those of COLUMNS."""
 
     id: str
-    tenant: str
     confirmed: int
     size: int
     sha256: str
     stored: str
     is_hex: int  # 1 for sound Intel HEX
     raw_size: int | None  # bytes of the .bin, where there is one
-    updated: str
     label: str
     fw_version: str
 
 
-Permit = Callable[[Image], None]  # raises an error where the image must not be changed now
+# Raises an error where an image, as it is under the write lock, must not be changed: If-Match.
+Permit = Callable[[Image], None]
+Values = Mapping[str, object]  # of the parameters of a piece of SQL, by their names
 
 
 class Binary(NamedTuple):
@@ -1278,14 +1270,15 @@ class Catalogue:
         Raises CannotStart.
         """
         self._path, self._closed, self._make = path, False, make
-        self._place: tuple[int, int] | None = None  # of the file, once it is there
+        self._stat: os.stat_result | None = None  # tells the file from others, once it is there
         self._thread = threading.local()
         # Connections to lend to any thread: those that wait for a lock, and those that do not.
         self._idle: dict[bool, list[sqlite3.Connection]] = {True: [], False: []}
         # Threads that write queue here, as SQLite itself waits by sleeping, up to 100 ms at a time.
         self._writing = threading.RLock()
         self._additions: list[dict[str, Any]] = []  # images to add, which no thread records yet
-        self._segments: dict[str, Segments] = {}  # a cache: the last few binaries, by digest
+        # A fleet downloads one binary again and again: the last few are kept, 6 MiB at most each.
+        self.segments = functools.lru_cache(maxsize=4)(self._read_segments)
         CATALOGUES.add(self)
         try:
             with self._transaction() if make else self._connection() as connection:
@@ -1293,27 +1286,18 @@ class Catalogue:
             # SQLite would not say so before the first change.
             if make and not os.access(path, os.W_OK):
                 raise ReadOnly
-            self._place = self._find()
+            self._stat = os.stat(path)
         except (ServiceError, CannotStart) as error:
             self.close()
-            reason = f"{error.__cause__ or error}; name another folder with --data, or "
-            reason += "restore it from a backup, without the -wal and -shm files beside it"
-            reason = str(error) if isinstance(error, CannotStart) else reason
-            reason = CANNOT_USE.get(type(error), reason)
+            reason = CANNOT_USE[type(error)].format(error=error, cause=error.__cause__)
             raise CannotStart(f"Cannot use {path} as the catalogue: {reason}") from error
-
-    def _find(self) -> tuple[int, int] | None:
-        """Return which file now has the catalogue's name, None if there is none."""
-        try:
-            found = os.stat(self._path)
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
 
     def require_in_place(self) -> None:
         """Raise Unavailable where changes would be lost: the file has been deleted or replaced."""
-        if self._place and self._find() != self._place:
-            raise Unavailable("The catalogue was deleted or replaced: restart the service")
+        with contextlib.suppress(OSError):
+            if not self._stat or os.path.samestat(self._stat, os.stat(self._path)):
+                return
+        raise Unavailable("The catalogue was deleted or replaced: restart the service")
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -1325,14 +1309,15 @@ class Catalogue:
         if version < len(MIGRATIONS) and not self._make:
             raise CannotStart("an older version of this program made it: start the service once")
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            # Not by executescript(), which would commit the transaction first.
             for statement in script.split(";"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {number}")
 
     def never_wait(self) -> None:
-        """Have this thread get MustWait for what takes time, or where the catalogue is locked.
+        """Have this thread get MustWait instead of waiting for a lock or a long report.
 
-        For the thread on which all connections of the server depend.
+        It is meant for the server's event loop, on which all connections depend.
         """
         self._thread.waits = False
 
@@ -1340,7 +1325,7 @@ class Catalogue:
         return getattr(self._thread, "waits", True)
 
     def _open(self, waits: bool) -> sqlite3.Connection:
-        self.require_in_place()
+        self.require_in_place()  # SQLite would make a new file in the place of a deleted one
         connection = sqlite3.connect(
             self._path.absolute().as_uri() + ("" if self._make else "?mode=ro"),
             uri=True,
@@ -1360,54 +1345,50 @@ class Catalogue:
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection; the one place where SQLite's errors become the service's own.
 
-        One that has met an error is not lent again.
+        Where the block raises an error the connection is closed, which rolls back a transaction.
         """
-        connection, waits = None, self._waits()
+        waits, reusable = self._waits(), False
         try:
-            # Another thread may take the last one between a test and the pop: so there is no test.
-            with contextlib.suppress(IndexError):
+            try:
                 connection = self._idle[waits].pop()
-            connection = connection or self._open(waits)
-            yield connection
+            except IndexError:
+                connection = self._open(waits)
+            try:
+                yield connection
+                reusable = not self._closed
+            finally:
+                if reusable:
+                    self._idle[waits].append(connection)
+                else:
+                    connection.close()
         except sqlite3.Error as error:
-            if connection:
-                connection.close()
-                connection = None
             locked = Unavailable if waits else MustWait
             known = {"disk is full": StorageFull, "is locked": locked, "readonly": ReadOnly}
             if shutil.disk_usage(self._path.parent).free < MIB:
                 known["disk I/O error"] = StorageFull  # no room for the -shm file
-            found = [kind for words, kind in known.items() if words in str(error)]
-            raise (found or [Damaged])[0]() from error
-        finally:
-            if connection and self._closed:
-                connection.close()
-            elif connection:
-                self._idle[waits].append(connection)
+            kinds = [kind for words, kind in known.items() if words in str(error)]
+            raise (kinds or [Damaged])[0] from error
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """Run a write transaction; it is committed and synced when the block ends."""
-        with self._writing, self._connection() as connection:
+        with self._writing:
+            # Before a connection is lent, as an error would close it: one to a catalogue that was
+            # deleted still reads, so that downloads go on.
             self.require_in_place()
-            connection.execute("BEGIN IMMEDIATE")
-            try:
+            with self._connection() as connection:
+                connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")
-            finally:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
 
     def _row(self, sql: str, **values: object) -> Any:
         with self._connection() as connection:
             return connection.execute(sql, values).fetchone()
 
-    def _image_row(self, columns: str, tenant: str, image_id: str) -> Any:
-        longest = LONGEST_REPORT if self._waits() else QUICK_REPORT
-        sql = f"SELECT {columns} {ONE}"
-        row = self._row(sql, tenant=tenant, id=image_id, longest=longest)
+    def _image_row(self, sql: str, **values: object) -> Any:
+        row = self._row(sql, **values)
         if not row:
-            raise NoSuchImage(image_id)
+            raise NoSuchImage(str(values["id"]))
         return row
 
     def close(self) -> None:
@@ -1434,11 +1415,12 @@ class Catalogue:
         self._additions.append(new)
         with self._writing:
             if new in self._additions:
+                # One by one, as other threads may add to the list meanwhile.
                 together = [self._additions.pop(0) for _ in self._additions[:]]
                 try:
                     with self._transaction() as connection:
                         for each in together:
-                            each["now"] = now_text()  # here, so that rows are in this order
+                            each["now"] = now_text()  # under the lock: in the order of the rows
                             connection.execute(ADD, each)
                 except BaseException as error:
                     for each in together:
@@ -1448,53 +1430,44 @@ class Catalogue:
         return new["id"], new["now"]
 
     def get(self, tenant: str, image_id: str) -> Image:
-        return Image(*self._image_row(COLUMNS, tenant, image_id))
+        return Image(*self._image_row(GET, id=image_id, tenant=tenant))
 
-    def get_json(self, tenant: str, image_id: str, columns: str = IMAGE_JSON) -> str:
+    def get_json(self, tenant: str, image_id: str, item: str = IMAGE_JSON) -> str:
         """Return the image object; WITH_REPORT adds the layout of its Intel HEX."""
-        (found,) = self._image_row(columns, tenant, image_id)
+        longest = math.inf if self._waits() else QUICK_REPORT
+        sql = f"SELECT {item} {ONE}"
+        (found,) = self._image_row(sql, id=image_id, tenant=tenant, longest=longest)
         if found is None:
             raise MustWait
         return str(found)
 
-    def segments(self, image: Image) -> Segments:
+    def _read_segments(self, image: Image) -> Segments:
         """Return where the data of sound Intel HEX belong.
 
         Raises Damaged also where another binary has been recorded since the image was read.
         """
-        known = self._segments.get(image.sha256)
-        if not known:
-            sha256, report = self._image_row("sha256, report", image.tenant, image.id)
-            try:
-                if sha256 != image.sha256:  # the cache must not have them under its digest
-                    raise ValueError("another binary")
-                known = parse_segments(report)
-            except (ValueError, KeyError, TypeError) as error:
-                raise Damaged from error
-            others = list(self._segments.items())[-3:]  # the largest takes 6 MiB
-            self._segments = dict(others) | {image.sha256: known}
-        return known
+        sql = "SELECT report FROM image WHERE id = :id AND sha256 = :sha256"
+        row = self._row(sql, id=image.id, sha256=image.sha256)
+        if not row:
+            raise Damaged
+        segments = json.loads(row[0])["segments"]
+        return Segments((int(segment["address"], 16), segment["size"]) for segment in segments)
 
     def tenant(self, image_id: str) -> str:
         """Return whose image it is; for signed links alone, which name no tenant."""
-        row = self._row("SELECT tenant FROM image WHERE id = :id", id=image_id)
-        if not row:
-            raise NoSuchImage(image_id)
-        return str(row[0])
+        return str(self._image_row("SELECT tenant FROM image WHERE id = :id", id=image_id)[0])
 
     def list_json(
-        self, tenant: str, filters: Mapping[str, object], limit: int = -1, offset: int = 0
+        self, tenant: str, filters: Values, limit: int = -1, offset: int = 0, item: str = IMAGE_JSON
     ) -> str:
-        """Return the tenant's images that pass all filters (of FILTERS), oldest first."""
-        sql = LIST.format(item=IMAGE_JSON, filters="".join(FILTERS[name] for name in filters))
+        """Return the tenant's images that pass all filters (of FILTERS), oldest first.
+
+        FILE_NAME_JSON gives the names of their .hex files instead. A limit of -1 is none.
+        """
+        sql = LIST.format(item=item, filters="".join(FILTERS[name] for name in filters))
         return str(self._row(sql, tenant=tenant, limit=limit, offset=offset, **filters)[0])
 
-    def list_files_json(self, tenant: str) -> str:
-        """Return the names of the tenant's .hex files, oldest image first."""
-        sql = LIST.format(item="json_quote(id || '.hex')", filters=FILTERS["confirmed"])
-        return str(self._row(sql, tenant=tenant, confirmed=1, limit=-1, offset=0)[0])
-
-    def count(self, tenant: str, filters: Mapping[str, object]) -> int:
+    def count(self, tenant: str, filters: Values) -> int:
         sql = COUNT.format(filters="".join(FILTERS[name] for name in filters))
         return int(self._row(sql, tenant=tenant, **filters)[0])
 
@@ -1504,83 +1477,63 @@ class Catalogue:
 
     @contextlib.contextmanager
     def _changing(
-        self, tenant: str, image_id: str, permit: Permit
+        self, tenant: str, image_id: str
     ) -> Iterator[tuple[sqlite3.Connection, Image, dict[str, Any]]]:
-        """Run a write transaction on an image that is there and permits it."""
-        key = {"id": image_id, "tenant": tenant}
+        """Run a write transaction on an image; lend a connection, the image, and SQL parameters."""
         with self._transaction() as connection:
-            row = connection.execute(f"SELECT {COLUMNS} {ONE}", key).fetchone()
+            values = {"id": image_id, "tenant": tenant, "now": now_text()}
+            row = connection.execute(GET, values).fetchone()
             if not row:
                 raise NoSuchImage(image_id)
-            permit(Image(*row))
-            yield connection, Image(*row), {**key, "now": now_text()}
+            yield connection, Image(*row), values
 
     def change(
-        self,
-        tenant: str,
-        image_id: str,
-        label: str | None,
-        fw_version: str | None,
-        permit: Permit,
+        self, tenant: str, image_id: str, changes: Mapping[str, str], permit: Permit
     ) -> None:
-        """Set the label, the version or both; None leaves one as it is."""
-        precedence = None if fw_version is None else semver_key(fw_version)
-        values = {"label": label, "fw_version": fw_version, "precedence": precedence}
-        with self._changing(tenant, image_id, permit) as (connection, _, key):
-            connection.execute(CHANGE, key | values)
+        """Set the label, the version (fw_version) or both, whichever `changes` has."""
+        new = dict.fromkeys(("label", "fw_version", "precedence")) | dict(changes)
+        if "fw_version" in changes:
+            new["precedence"] = semver_key(changes["fw_version"])
+        with self._changing(tenant, image_id) as (connection, image, values):
+            permit(image)
+            connection.execute(CHANGE, values | new)
 
-    def confirm(
-        self,
-        tenant: str,
-        image_id: str,
-        binary: Binary,
-        publish: Callable[[], None],
-        withdraw: Callable[[], None],
-        permit: Permit,
-    ) -> None:
-        """Publish the files of a binary and record it, with no other upload in between.
+    @contextlib.contextmanager
+    def confirm(self, tenant: str, image_id: str, binary: Binary, permit: Permit) -> Iterator[None]:
+        """Record a binary once the block has published its files, with no upload in between.
 
-        The same bytes may be published again, which mends damaged files. Where recording fails
-        after publish(), withdraw() undoes it. Raises ServiceError 409 where others are recorded.
+        The same bytes may be published again, which mends damaged files. Raises ServiceError 409
+        where others are recorded. Where the block or the recording fails, what was published is to
+        be removed by unless_confirmed().
         """
-        published = False
-
-        def permit_binary(image: Image) -> None:
+        with self._changing(tenant, image_id) as (connection, image, values):
             if image.confirmed and image.sha256 != binary.sha256:
                 raise ServiceError("Binary already exists", status=409)
             permit(image)
-
-        try:
-            with self._changing(tenant, image_id, permit_binary) as (connection, image, key):
-                published = True
-                publish()
-                last = image.stored
-                key["stored"] = max(key["now"], a_second_after(last)) if last else key["now"]
-                connection.execute(CONFIRM, key | binary._asdict())
-        except BaseException:
-            if published:
-                self.unless_confirmed(image_id, withdraw)
-            raise
+            yield
+            connection.execute(CONFIRM, values | binary._asdict())
 
     def clear(self, tenant: str, image_id: str, permit: Permit) -> None:
         """Record that an image has no binary any more, if it had one."""
-        with self._changing(tenant, image_id, permit) as (connection, _, key):
-            connection.execute(CLEAR, key)
+        with self._changing(tenant, image_id) as (connection, image, values):
+            permit(image)
+            connection.execute(CLEAR, values)
 
     def remove(self, tenant: str, image_id: str, permit: Permit) -> str:
         """Remove an image; return the object that it was."""
-        with self._changing(tenant, image_id, permit) as (connection, _, key):
-            (removed,) = connection.execute(f"SELECT {IMAGE_JSON} {ONE}", key).fetchone()
+        with self._changing(tenant, image_id) as (connection, image, values):
+            permit(image)
+            (removed,) = connection.execute(f"SELECT {IMAGE_JSON} {ONE}", values).fetchone()
             for statement in REMOVE:
-                connection.execute(statement, key)
+                connection.execute(statement, values)
         return str(removed)
 
-    def unless_confirmed(self, image_id: str, action: Callable[[], None]) -> None:
-        """Run an action on an image's files if it has no binary, while no upload can record one."""
+    def unless_confirmed(self, image_id: str, action: Callable[[str], None]) -> None:
+        """Run an action on an image's id if it has no binary, while no upload can record one."""
         sql = "SELECT 1 FROM image WHERE id = ? AND confirmed = 1"
         with self._transaction() as connection:
             if not connection.execute(sql, (image_id,)).fetchone():
-                action()
+                action(image_id)
 
     def confirmed(self) -> list[Image]:
         """Return all tenants' images that have a binary."""
@@ -1595,14 +1548,8 @@ class Catalogue:
         it knows nothing of the file, as it may be older than that.
         """
         with self._connection() as connection:
-            in_use = {name for (name,) in connection.execute(IN_USE)}
-            found = {}
-            for name in set(names) - in_use:
-                image_id, suffix = os.path.splitext(name)
-                key = {"id": image_id, "suffix": suffix}
-                left = [said for (said,) in connection.execute(LEFT_OVER, key)]
-                found[name] = suffix in (".hex", ".bin") and left != [] and all(left)
-            return found
+            files = dict(connection.execute(FILES))
+        return {name: name in files for name in names if not files.get(name)}
 
     def faults(self, check: str = "integrity_check") -> list[str]:
         """Return the faults that SQLite finds in the catalogue; quick_check skips the indexes."""
@@ -1651,18 +1598,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=disconnect_all)
 
 
-def parse_segments(report: str) -> Segments:
-    segments = json.loads(report)["segments"]
-    return Segments((int(segment["address"], 16), segment["size"]) for segment in segments)
-
-
 def now_text() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")
-
-
-def a_second_after(moment: str) -> str:
-    later = datetime.fromisoformat(moment) + timedelta(seconds=1)
-    return later.isoformat(timespec="microseconds")
 
 
 # ------------------------------------------------------------------------------------- binaries
@@ -1682,22 +1619,22 @@ class Excerpt:
     """A read-only file: the bytes between two addresses, with gaps filled, cut to a range.
 
     Made for a WSGI server's file wrapper: it ends where the range ends whatever the server does,
-    and gives a block at a time, so that a window over a wide gap takes no memory.
+    and gives a block at a time, so that a window over a wide gap takes no memory. wsgiref needs
+    read() alone; waitress finds the length by seek() and tell(). Our own server has the system
+    send what in_one_piece() names.
     """
 
     def __init__(
         self, file: io.FileIO, segments: Segments, start: int, end: int, fill: bytes = b""
     ) -> None:
+        """Take a file with the data of segments, two addresses, and the byte for gaps if any."""
         self._file, self._segments, self._start, self._fill = file, segments, start, fill
-        self._begin, self._at, self._end = start, start, end
+        self.narrow(0, end - start)
 
     def narrow(self, begin: int, end: int) -> None:
-        """Cut to the bytes from `begin` to before `end`."""
-        self._begin = self._at = self._start + begin
+        """Cut to the bytes from `begin` to before `end`, counted from the start address."""
+        self._begin = self._at = self._start + begin  # addresses, like all that follow
         self._end = self._start + end
-
-    def seekable(self) -> bool:
-        return True
 
     def tell(self) -> int:
         return self._at - self._begin
@@ -1713,31 +1650,29 @@ class Excerpt:
         return (self._file, extent.offset, left) if extent and extent.size == left else None
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes, LARGEST_READ at most; only at the end there are none."""
+        """Return the next bytes, LARGEST_READ at most; only at the end there are none.
+
+        Raises OSError where the file is too short.
+        """
         left = max(self._end - self._at, 0)
         size = min(left, LARGEST_READ, LARGEST_READ if size < 0 else size)
         begin, self._at = self._at, self._at + size
         extents = list(self._segments.between(begin, self._at))
-        stored = sum(extent.size for extent in extents)
-        data = self._stored(extents[0].offset, stored) if extents else b""
-        if stored == size:
-            return data
-        block, taken = bytearray(self._fill * size), 0
-        for extent in extents:
-            at = extent.address - begin
-            block[at : at + extent.size] = data[taken : taken + extent.size]
-            taken += extent.size
-        return bytes(block)
-
-    def _stored(self, offset: int, size: int) -> bytes:
-        if hasattr(os, "pread"):
-            block = os.pread(self._file.fileno(), size, offset)
-        else:  # Windows
-            self._file.seek(offset)
-            block = self._file.read(size)
-        if len(block) < size:  # else the server would wait for the rest for ever
+        if not extents:
+            return self._fill * size
+        # In the file the extents follow one another without gaps, so one read gets them all.
+        first, last = extents[0].offset, extents[-1].offset + extents[-1].size
+        self._file.seek(first)
+        data = self._file.read(last - first)
+        if len(data) < last - first:  # else the server would wait for the rest for ever
             raise OSError(errno.EIO, "A binary was cut off while it was read")
-        return block
+        if len(data) == size:
+            return data
+        block = bytearray(self._fill * size)
+        for extent in extents:
+            at, taken = extent.address - begin, extent.offset - first
+            block[at : at + extent.size] = data[taken : taken + extent.size]
+        return bytes(block)
 
     def close(self) -> None:
         self._file.close()
@@ -1757,20 +1692,25 @@ def read_extents(file: io.FileIO, extents: Iterable[Extent]) -> Iterator[bytes]:
 
 
 class Upload:
-    """A binary on its way in: files in tmp/ until they are published."""
+    """A binary on its way in: its .hex file in tmp/, and a .bin file for the data of Intel HEX."""
 
     def __init__(self, folder: Path, limit: int, check: bool, require: bool) -> None:
         self._folder, self._limit, self._check, self._require = folder, limit, check, require
         self._hash, self._size = hashlib.sha256(), 0
-        self._begin: bytes | None = b""  # the first bytes, until they tell what kind of file it is
-        self._reader: HexReader | None = None
-        self._files: dict[str, io.BufferedWriter] = {}
-        self.paths: dict[str, Path] = {}  # by the suffix that the files will have
-        self._create(".hex")
+        # The reader takes DETECTION_LIMIT or more at once, as the first so many bytes tell whether
+        # the file is Intel HEX. It is taken for that until they, or a fault, show otherwise.
+        self._unread, self._is_hex, self._reader = b"", True, HexReader()
+        self._drafts: list[IO[bytes]] = []  # all files that were made in tmp/
+        self.files: dict[str, IO[bytes]] = {}  # those to publish, by the suffix they will have
+        self._store(".hex", b"")  # an empty file is a file
 
-    def _create(self, suffix: str) -> None:
-        handle, name = tempfile.mkstemp(suffix, dir=self._folder)
-        self.paths[suffix], self._files[suffix] = Path(name), open(handle, "wb")
+    def _store(self, suffix: str, block: bytes) -> None:
+        """Append to one of the files, which begins to exist with its first block."""
+        require_space(self._folder, len(block))
+        if suffix not in self.files:
+            self.files[suffix] = tempfile.NamedTemporaryFile(dir=self._folder, delete=False)
+            self._drafts.append(self.files[suffix])
+        self.files[suffix].write(block)
 
     def write(self, block: bytes) -> None:
         """Take the next bytes; raises TooLarge, StorageFull, or BadRequest for a faulty file."""
@@ -1779,89 +1719,64 @@ class Upload:
             raise TooLarge(self._limit)
         self._hash.update(block)
         self._store(".hex", block)
-        if self._begin is None:
-            self._read(block)
-            return
-        self._begin += block
-        if len(self._begin) >= DETECTION_LIMIT:
-            self._recognise()
+        self._unread += block
+        if len(self._unread) >= DETECTION_LIMIT:
+            self._read()
 
-    def _recognise(self) -> None:
-        begin, self._begin = self._begin or b"", None
-        if looks_like_hex(begin[:DETECTION_LIMIT]):
-            self._reader = HexReader()
-            self._create(".bin")
-            self._read(begin)
-        elif self._require:
-            raise BadRequest("Not an Intel HEX file")
-
-    def _read(self, block: bytes) -> None:
-        if self._reader:
-            with self._reading():
-                self._store(".bin", self._reader.feed(block))
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Refuse a file with a fault; or, if it is not to be checked, go on without its layout."""
+    def _read(self, at_end: bool = False) -> Layout | None:
+        """Read what is unread, if it is Intel HEX; return the layout of a sound file at its end."""
+        block, self._unread = self._unread, b""
+        if len(block) == self._size:  # the beginning of the file, which tells its kind
+            self._is_hex = looks_like_hex(block[:DETECTION_LIMIT])
+            if self._require and not self._is_hex:
+                raise BadRequest("Not an Intel HEX file")
+        if not self._is_hex:
+            return None
         try:
-            yield
+            self._store(".bin", self._reader.feed(block))
+            if not at_end:
+                return None
+            self._store(".bin", self._reader.finish())
+            return self._reader.layout()
         except HexFault as fault:
             if self._check:
                 raise BadRequest(f"{fault}; ?validate=false stores it unchecked") from fault
-            self._reader = None
-            self._drop(".bin")
-
-    def _store(self, suffix: str, block: bytes) -> None:
-        require_space(self._folder, len(block))
-        self._files[suffix].write(block)
+            self._is_hex = False
+            return None
 
     def finish(self) -> Binary:
         """Bring all of it to the disk; return what it is. Raises what write() does."""
-        if self._begin is not None:
-            self._recognise()
-        report = raw_size = None
-        if self._reader:
-            with self._reading():
-                self._store(".bin", self._reader.finish())
-                layout = self._reader.layout()
-                raw_size = self._put_in_order(self._reader, layout)
-                report = json.dumps(layout.report())
-        for file in self._files.values():
+        layout, raw_size = self._read(at_end=True), None
+        if layout and self._reader.has_raw_bytes():
+            raw_size = sum(size for _, size in layout.segments)
+            if not self._reader.pieces.is_in_order():
+                self._put_in_order()
+        else:
+            self.files.pop(".bin", None)
+        for file in self.files.values():
             file.flush()
             sync(file.fileno())
             file.close()
+        report = json.dumps(layout.report()) if layout else None
         # The catalogue writes the report to its log, and later to its table.
         require_space(self._folder, 3 * len(report or ""))
         return Binary(self._size, self._hash.hexdigest(), report, raw_size)
 
-    def _put_in_order(self, reader: HexReader, layout: Layout) -> int | None:
-        """Put the .bin in the order of addresses; return its size, None where there is none."""
-        if not reader.has_raw_bytes():
-            self._drop(".bin")
-            return None
-        if not reader.pieces.is_in_order():
-            self._files[".bin"].close()
-            unordered = self.paths[".bin"]
-            try:
-                self._create(".bin")
-                with open(unordered, "rb", buffering=0) as file:
-                    for block in read_extents(file, reader.pieces.extents()):
-                        self._store(".bin", block)
-            finally:
-                unordered.unlink()
-        return sum(size for _, size in layout.segments)
-
-    def _drop(self, suffix: str) -> None:
-        try:
-            self._files.pop(suffix).close()
-        finally:
-            self.paths.pop(suffix).unlink(missing_ok=True)
+    def _put_in_order(self) -> None:
+        """Make the .bin anew, with its data in the order of addresses."""
+        unordered = self.files.pop(".bin")
+        unordered.flush()
+        with open(unordered.name, "rb", buffering=0) as file:
+            for block in read_extents(file, self._reader.pieces.extents()):
+                self._store(".bin", block)
 
     def close(self) -> None:
-        """Remove what was not published."""
-        for suffix in list(self.paths):
-            with contextlib.suppress(OSError):  # what stays is removed at the next start
-                self._drop(suffix)
+        """Remove what was not published; what cannot be removed goes at the next start."""
+        for draft in self._drafts:
+            with contextlib.suppress(OSError):  # the disk has no room for what is still to write
+                draft.close()
+            with contextlib.suppress(OSError):  # it was published, and has another name now
+                os.unlink(draft.name)
 
 
 class BinaryStore:
@@ -1877,17 +1792,19 @@ class BinaryStore:
             sync_folder(folder)
 
     def _require_renaming(self) -> None:
-        """Raise CannotStart where a file cannot move from one folder to the other in one step."""
+        """Raise CannotStart where a file cannot move from one folder to the other in one step.
+
+        Only trying tells: between two bind mounts of one file system it fails as well.
+        """
         # It tries with a folder: one that a crash leaves is not taken for a binary.
-        name = tempfile.mkdtemp(dir=self.uploads)
+        probe = Path(tempfile.mkdtemp(dir=self.uploads))
         try:
-            os.replace(name, self.folder / Path(name).name)
-            name = str(self.folder / Path(name).name)
+            probe = probe.replace(self.folder / probe.name)
         except OSError as error:
             remedy = "what arrives in one must appear in the other in one step"
             raise CannotStart(f"{self.folder} and tmp are on two mounts: {remedy}") from error
         finally:
-            os.rmdir(name)
+            probe.rmdir()
 
     @contextlib.contextmanager
     def receive(self, limit: int, check: bool = True, require: bool = False) -> Iterator[Upload]:
@@ -1895,18 +1812,19 @@ class BinaryStore:
 
         `check` refuses Intel HEX that is not sound, `require` all that is no Intel HEX.
         """
-        with full_disk_as_error(), contextlib.ExitStack() as closing:
-            new = Upload(self.uploads, limit, check, require)
-            yield closing.enter_context(contextlib.closing(new))
+        with (
+            full_disk_as_error(),
+            contextlib.closing(Upload(self.uploads, limit, check, require)) as upload,
+        ):
+            yield upload
 
     def publish(self, upload: Upload, image_id: str) -> None:
         """Give the files of a finished upload their names, for good."""
-        for suffix in sorted(upload.paths):  # the .bin first: where the .hex is, the rest is too
-            os.replace(upload.paths[suffix], self.path(image_id, suffix))
-        if ".bin" not in upload.paths:  # an earlier binary, now being deleted, may have had one
+        for suffix in sorted(upload.files):  # the .bin first: where the .hex is, the rest is too
+            os.replace(upload.files[suffix].name, self.path(image_id, suffix))
+        if ".bin" not in upload.files:  # an earlier binary, now being deleted, may have had one
             self.path(image_id, ".bin").unlink(missing_ok=True)
         sync_folder(self.folder)
-        upload.paths.clear()
 
     def remove(self, image_id: str) -> None:
         """Remove the files of an image, if there are any."""
@@ -1936,8 +1854,7 @@ class BinaryStore:
 
     def names(self) -> set[str]:
         """Return the names of all files that are there."""
-        with os.scandir(self.folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
+        return {entry.name for entry in os.scandir(self.folder) if entry.is_file()}
 
     def check(self) -> None:
         """Write a file that vanishes at once; raises StorageFull or OSError."""
@@ -3024,7 +2941,9 @@ class Application:
 
     def list_binaries(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """List the file names of the binaries, oldest image first."""
-        return json_response(self.catalogue.list_files_json(caller.tenant))
+        return json_response(
+            self.catalogue.list_json(caller.tenant, {"confirmed": 1}, item=FILE_NAME_JSON)
+        )
 
     def latest_image(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """Show a label's image with the highest version that has a binary; 204: current has it."""
@@ -3054,10 +2973,8 @@ class Application:
 
     def change_image(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Change the label, the version or both."""
-        members = parse_members(environ, required=False)
-        label, fw_version = members.get("label"), members.get("fw_version")
-        permit = permit_by(environ)
-        self.catalogue.change(caller.tenant, image_id, label, fw_version, permit)
+        changes = parse_members(environ, required=False)
+        self.catalogue.change(caller.tenant, image_id, changes, permit_by(environ))
         return json_response(self.catalogue.get_json(caller.tenant, image_id))
 
     # Binaries. Here the two stores meet, in an order that survives a power cut. An upload is synced
@@ -3069,13 +2986,13 @@ class Application:
     def delete_image(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Delete an image and its binary."""
         removed = self.catalogue.remove(caller.tenant, image_id, permit_by(environ))
-        self.catalogue.unless_confirmed(image_id, lambda: self.binaries.remove(image_id))
+        self.catalogue.unless_confirmed(image_id, self.binaries.remove)
         return json_response(f'{{"removed_image":{removed},"result":"ok"}}')
 
     def delete_binary(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Delete the binary; that there is none is no error, so that a retry succeeds."""
         self.catalogue.clear(caller.tenant, image_id, permit_by(environ))
-        self.catalogue.unless_confirmed(image_id, lambda: self.binaries.remove(image_id))
+        self.catalogue.unless_confirmed(image_id, self.binaries.remove)
         return json_response({"result": "ok"})
 
     def upload_form(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
@@ -3101,10 +3018,13 @@ class Application:
             binary = upload.finish()
             if wanted not in ("", binary.sha256):
                 raise BadRequest(f"The SHA-256 of what was received is {binary.sha256}")
-            publish = functools.partial(self.binaries.publish, upload, image_id)
-            withdraw = functools.partial(self.binaries.remove, image_id)
-            permit = permit_by(environ)
-            self.catalogue.confirm(caller.tenant, image_id, binary, publish, withdraw, permit)
+            with contextlib.ExitStack() as failing:
+                with self.catalogue.confirm(caller.tenant, image_id, binary, permit_by(environ)):
+                    # From here on there may be files without a record, which must go.
+                    withdraw = self.catalogue.unless_confirmed
+                    failing.callback(withdraw, image_id, self.binaries.remove)
+                    self.binaries.publish(upload, image_id)
+                failing.pop_all()
         checked = binary.report is not None
         return json_response({"image": image_id, "message": "image uploaded", "checked": checked})
 

@@ -1572,10 +1572,7 @@ def test_excerpt_reads_pieces_and_gaps_as_one_file(tmp_path, monkeypatch):
             assert file.tell() == min(3, end - begin)
 
 
-@parametrize("with_pread", [True, False])
-def test_excerpt_of_a_file_cut_off_is_an_error_not_a_short_read(tmp_path, monkeypatch, with_pread):
-    if not with_pread:
-        monkeypatch.delattr(os, "pread", raising=False)
+def test_excerpt_of_a_file_cut_off_is_an_error_not_a_short_read(tmp_path):
     with contextlib.closing(excerpt(tmp_path, b"abc", [(0, 5)], 5)) as file:
         assert file.read(2) == b"ab"
         with pytest.raises(OSError, match="cut off"):
@@ -2660,20 +2657,26 @@ def test_window_of_262_144_pieces_is_served_by_a_few_reads(server, connection, m
     pieces, window = image_manager.MAX_SEGMENTS, "?format=bin"
     image_id = connection.stored(scattered(pieces))
     assert connection.download(image_id, window) == (b"x\xff" * pieces)[:-1]
-    reads, pread = [], os.pread
-    monkeypatch.setattr(os, "pread", lambda *a: reads.append(a) or pread(*a))
+    reads = []
+
+    class File(io.FileIO):
+        def read(self, size):
+            reads.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(image_manager, "open", lambda name, *_, **__: File(name), raising=False)
     assert connection.download(image_id, window, Range="bytes=400000-400009") == b"x\xff" * 5
     window += "&start=100001&end=100010"
     assert connection.download(image_id, window) == b"\xffx" * 4 + b"\xff"
-    assert [size for _, size, _ in reads] == [5, 4]
+    assert reads == [5, 4]
     assert len(connection.shown(image_id)["hex"]["segments"]) == pieces
 
 
 def test_record_of_very_many_segments_is_not_read_where_others_would_wait(catalogue):
     image_id, _ = catalogue.add("t", "l", "1")
     report = json.dumps({"segments": [{"address": "0x00000000", "size": 1}] * 5000})
-    nothing = lambda *_: None  # noqa: E731
-    catalogue.confirm("t", image_id, Binary(1, "ab", report, 1), nothing, nothing, nothing)
+    with catalogue.confirm("t", image_id, Binary(1, "ab", report, 1), lambda image: None):
+        pass
     catalogue.never_wait()
     assert json.loads(catalogue.get_json("t", image_id))["confirmed"]
     with pytest.raises(MustWait):
@@ -4138,7 +4141,8 @@ def test_tools_follow_the_fixed_address_to_the_latest_binary(fleet, tool):
     server, _, image_id, content = fleet
     needs_tool(tool.split()[0])
     url = f"{server.url}/image/latest/binary?label=sensor&current=0.9.0+7"
-    server.application.catalogue.change("admin", image_id, None, "99.0.0", lambda _: None)
+    changes = {"fw_version": "99.0.0"}
+    server.application.catalogue.change("admin", image_id, changes, lambda _: None)
     assert run(*tool.split(), bearer(server), url, check=True).stdout == content
 
 
@@ -4274,8 +4278,17 @@ def test_creations_over_processes_keep_their_order(rivals):
 # ------------------------------------------------------------------------------------- what fails on the way
 
 
+FAILING_CALLS = [
+    "tempfile.NamedTemporaryFile",
+    "os.fsync",
+    "os.replace",
+    "os.open",
+    "Upload._store",
+]
+
+
 @parametrize("number", [errno.EIO, errno.ENOSPC])
-@parametrize("name", ["tempfile.mkstemp", "os.fsync", "os.replace", "os.open", "Upload._store"])
+@parametrize("name", FAILING_CALLS)
 def test_upload_whose_calls_fail_leaves_nothing_behind(client, app, monkeypatch, name, number):
     """Each call of the upload fails in turn: first the first, then the second, ..."""
     content = firmware(3000)[0]
