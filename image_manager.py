@@ -122,6 +122,7 @@ import base64
 import binascii
 import bisect
 import collections
+import configparser
 import contextlib
 import dataclasses
 import email.errors
@@ -193,15 +194,20 @@ class CannotStart(Exception):
 
 
 class ServiceError(Exception):
-    """Base of all errors that a client sees; `status` is the HTTP status."""
+    """Base of all errors that a client sees: HTTP status, message and headers of the answer.
+
+    A subclass sets defaults. There is one for each error that is caught somewhere, or raised in
+    more than one place; all others are a ServiceError with a status.
+    """
 
     status, message = 500, "Internal server error: the log says more"
+    headers: Mapping[str, str] = {}
 
     def __init__(
         self, message: str = "", headers: Mapping[str, str] | None = None, status: int = 0
     ) -> None:
         super().__init__(message or self.message)
-        self.headers, self.status = dict(headers or {}), status or self.status
+        self.headers, self.status = headers or self.headers, status or self.status
 
     def body(self) -> dict[str, Any]:
         return {"message": str(self), "status": self.status}
@@ -226,9 +232,7 @@ class FaultyImage(BadRequest):
 
 class Unauthorised(ServiceError):
     status, message = 401, "No authorization token has been supplied"
-
-    def __init__(self, message: str = "") -> None:
-        super().__init__(message, {"WWW-Authenticate": "Bearer"})
+    headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}  # RFC 9110, 11.6.1
 
 
 class NotFound(ServiceError):
@@ -279,7 +283,8 @@ class StorageFull(ServiceError):
     status, message = 507, "The disk is full: delete images or make room, then try again"
 
 
-FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+# No space left on the device, the file system's limit for one file, and a user's quota.
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 @contextlib.contextmanager
@@ -296,25 +301,52 @@ def full_disk_as_error() -> Iterator[None]:
 # ------------------------------------------------------------------------------------- settings
 
 
-# Each of these functions reads a setting, given as text or as a Python value; raises ValueError.
+# Each of these functions returns a setting that is given as text, as on the command line, or as a
+# Python value. They raise ValueError with what the setting takes: "takes a path".
 
 
-def parse_text(value: object) -> str:
-    if not isinstance(value, str) or re.search("[\0\ud800-\udfff]", value):
-        raise ValueError("takes text in UTF-8")
-    return value
+def text_like(pattern: str, wanted: str) -> Callable[[object], str]:
+    """Return a function that reads a text of this form; it returns the pattern's group 1."""
+
+    def parse(value: object) -> str:
+        match = re.fullmatch(pattern, value, re.ASCII) if isinstance(value, str) else None
+        if not match:
+            raise ValueError(f"takes {wanted}")
+        return match[1]
+
+    return parse
+
+
+def number_from(low: int, high: int) -> Callable[[object], int]:
+    """Return a function that reads a whole number in these limits."""
+
+    def parse(value: object) -> int:
+        text = str(value).strip()
+        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"takes a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+parse_text = text_like("([^\0\ud800-\udfff]*)", "text in UTF-8")
+parse_prefix = text_like(
+    r"(?!/(?:image|health|openapi\.json)(?:/|$))((?:/[\w.~-]+)*)/?",
+    "a path such as /fw-image, none of the API's own",
+)
+# Visible ASCII: for an address without " < > as they stand around it in texts, for an origin
+# without a path and without the comma that would make it a list.
+parse_url = text_like("((?:https?://[!#-;=?-~]+?)?)/*", "an address such as https://fw.example.com")
+parse_origin = text_like(
+    r"(\*|[a-z][a-z0-9+.-]*://[!-+.0-~-]+|)", "* or an origin such as https://bench.example.com"
+)
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def parse_path(value: Any) -> Path:
     if not isinstance(value, (str, os.PathLike)) or "\0" in os.fspath(value):
         raise ValueError("takes a path")
     return Path(value)
-
-
-def parse_count(value: object) -> int:
-    if not re.fullmatch("[0-9]{1,9}", str(value).strip()):
-        raise ValueError("takes a whole number")
-    return int(str(value))
 
 
 def parse_size(value: object) -> int:
@@ -326,19 +358,17 @@ def parse_size(value: object) -> int:
 
 
 def parse_switch(value: object) -> bool:
-    words = {**dict.fromkeys(("1", "true", "yes", "on"), True), "": False}
-    words |= dict.fromkeys(("0", "false", "no", "off"), False)
-    if str(value).strip().lower() not in words:
+    words, word = configparser.ConfigParser.BOOLEAN_STATES, str(value).strip().lower()
+    if word not in words:
         raise ValueError("takes 1, true, yes or on, or else 0, false, no or off")
-    return words[str(value).strip().lower()]
+    return words[word]
 
 
 def parse_networks(value: Any) -> tuple[Network, ...]:
-    """Return the networks of 10.0.0.0/8, of ::1, or of several with commas between."""
+    """Return the networks of a list, or of a text with commas between: 10.0.0.0/8, ::1."""
     try:
-        text = value if isinstance(value, str) else ",".join(map(str, value))
-        words = filter(None, map(str.strip, text.split(",")))
-        return tuple(ipaddress.ip_network(word, strict=False) for word in words)
+        words = value.split(",") if isinstance(value, str) else value
+        return tuple(ipaddress.ip_network(str(word).strip(), False) for word in words if word)
     except (ValueError, TypeError) as error:
         raise ValueError("takes an address or a network such as 10.0.0.0/8") from error
 
@@ -346,10 +376,6 @@ def parse_networks(value: Any) -> tuple[Network, ...]:
 def option(default: Any, parse: Callable[[Any], Any], meaning: str) -> Any:
     """Declare a field of Settings that the command line and the environment can set."""
     return dataclasses.field(default=default, metadata={"parse": parse, "meaning": meaning})
-
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-LIMITS = {"port": (0, 65535), "workers": (1, 64), "threads": (1, 256)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,17 +387,19 @@ class Settings:
 
     data: Path = option(dataclasses.MISSING, parse_path, "folder of the store")
     host: str = option("127.0.0.1", parse_text, "address to listen on; 0.0.0.0 or :: for all")
-    port: int = option(0, parse_count, "port to listen on; 0 picks a free one")
-    url_prefix: str = option("", parse_text, "path below which the API answers as well: /fw-image")
-    public_url: str = option("", parse_text, "what signed links begin with: https://fw.example.com")
-    workers: int = option(1, parse_count, "processes that serve")
-    threads: int = option(4, parse_count, "threads of each process")
+    port: int = option(0, number_from(0, 65535), "port to listen on; 0 picks a free one")
+    url_prefix: str = option(
+        "", parse_prefix, "path below which the API answers as well: /fw-image"
+    )
+    public_url: str = option("", parse_url, "what signed links begin with: https://fw.example.com")
+    workers: int = option(1, number_from(1, 64), "processes that serve")
+    threads: int = option(4, number_from(1, 256), "threads of each process")
     max_upload: int = option("512M", parse_size, "largest file taken: bytes, or with K, M, G")
     require_intel_hex: bool = option(False, parse_switch, "refuse files that are not Intel HEX")
     jwt_public_key: Path | None = option(None, parse_path, "PEM file of whoever signs the tokens")
     jwt_audience: str = option("", parse_text, "audience (aud) that tokens must name")
     jwt_issuer: str = option("", parse_text, "issuer (iss) that tokens must name")
-    allow_origin: str = option("", parse_text, "origin whose pages may use the API; * for any")
+    allow_origin: str = option("", parse_origin, "origin whose pages may use the API; * for any")
     access_log: str = option("", parse_text, "file for a line about each answer; - for stdout")
     trusted_proxy: tuple[Network, ...] = option(
         (), parse_networks, "proxy, or network of such, whose X-Forwarded-For names the client"
@@ -382,37 +410,21 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if value is None and field.default is None:  # not set, and need not be
+                continue
             try:
-                if value is not None or field.default is not None:
-                    value = field.metadata["parse"](value)
-                low, high = LIMITS.get(field.name, (None, None))
-                if low is not None and not low <= value <= high:
-                    raise ValueError(f"takes a number from {low} to {high}")
+                value = field.metadata["parse"](value)
             except ValueError as error:
                 given = f", not {value!r}" if field.repr else ""
                 raise CannotStart(f"{field.name} {error}{given}") from error
-            self._set(field.name, value)
-        prefix = self.url_prefix.strip("/")
-        self._set("public_url", self.public_url.rstrip("/"))
-        self._set("url_prefix", prefix and "/" + prefix)
-        hidden = r"(?!(image|health|openapi\.json)(/|$))"
-        if not re.fullmatch(rf"({hidden}[\w.~-]+(/[\w.~-]+)*)?", prefix, re.ASCII):
-            raise CannotStart("url_prefix takes a path such as /fw-image, none of the API's own")
-        if not re.fullmatch(r"(https?://[\x21\x23-\x3b\x3d\x3f-\x7e]+)?", self.public_url):
-            raise CannotStart("public_url takes an address such as https://fw.example.com")
-        if not re.fullmatch(r"(\*|[a-z][a-z0-9+.-]*://[^/\s,]+)?", self.allow_origin, re.ASCII):
-            raise CannotStart("allow_origin takes * or an origin such as https://bench.example.com")
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the class is frozen
+            object.__setattr__(self, field.name, value)  # the class is frozen
 
 
 def make_folder(path: Path) -> None:
     """Make a folder unless it is there; raises CannotStart where that, or writing in it, fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         remedy = "make it a folder that can be written, or name another with --data"
         raise CannotStart(f"Cannot write in {path} ({error.strerror}): {remedy}") from error
@@ -430,10 +442,9 @@ def sync(file: int) -> None:
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder last through a power cut."""
-    try:
-        folder = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders; NTFS keeps a journal of its names
+    if os.name == "nt":  # Windows opens no folders; NTFS keeps a journal of its names
         return
+    folder = os.open(path, os.O_RDONLY)
     try:
         sync(folder)
     finally:
@@ -445,15 +456,19 @@ def sync_folder(path: Path) -> None:
 READ, WRITE, DELETE = RIGHTS = ("image:read", "image:write", "image:delete")
 LEEWAY = 30  # seconds that the clock of whoever made a token may be off
 LONGEST_LINK = 30 * 86400  # seconds
-CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f]")  # exactly Unicode's category Cc
 # Only the messages of these errors are shown: those of others may quote parts of the token.
-TOLD_REASONS = (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError, jwt.InvalidAudienceError,
-                jwt.InvalidIssuerError, jwt.MissingRequiredClaimError)  # fmt: skip
-UNCHECKED = ("verify_exp", "verify_nbf", "verify_iat", "verify_sub", "verify_jti")
+QUOTABLE_ERRORS = (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError, jwt.InvalidAudienceError,
+                   jwt.InvalidIssuerError, jwt.MissingRequiredClaimError)  # fmt: skip
+# What PyJWT would check beyond the signature: iat, sub and jti may have any form here, and the
+# times are checked at each use of a token, also of one whose signature is known to be right.
+UNCHECKED = ("verify_iat", "verify_sub", "verify_jti", "verify_exp", "verify_nbf")
 
 
 def text_faults(value: object) -> list[str]:
-    """Return all that is wrong with a label, a version or the name of a tenant."""
+    """Return all that is wrong with a label, a version or the name of a tenant.
+
+    Control characters are those of Unicode's category Cc.
+    """
     if value is None:
         return ["Field may not be null."]
     if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
@@ -461,7 +476,7 @@ def text_faults(value: object) -> list[str]:
     faults = {
         "Shorter than minimum length 1.": not value,
         "Longer than maximum length 128.": len(value) > 128,
-        "Contains control characters.": CONTROL_CHARACTERS.search(value),
+        "Contains control characters.": re.search("[\x00-\x1f\x7f-\x9f]", value),
     }
     return [reason for reason, found in faults.items() if found]
 
@@ -488,32 +503,31 @@ def load_secret(folder: Path) -> str:
             make_folder(folder)
             make_secret(path)
         secret = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CannotStart(f"Cannot read or make {path} ({error}): make it readable") from error
-    if len(secret) < 32:
-        remedy = "restore it, or delete it, which ends all tokens"
-        raise CannotStart(f"{path} holds no secret of 32 characters or more: {remedy}")
+        if len(secret) < 32:
+            raise ValueError("it has less than 32 characters")
+    except (OSError, ValueError) as error:
+        remedy = "make it readable; or restore it, or delete it, which ends all tokens"
+        raise CannotStart(f"Cannot use {path} ({error}): {remedy}") from error
     return secret
 
 
 def make_secret(path: Path) -> None:
     """Make a file with a new secret, which appears whole or not at all."""
-    handle, draft = tempfile.mkstemp(".draft", path.name, path.parent)  # mode 0600
-    try:
-        with open(handle, "w") as file:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        draft = Path(folder, path.name)
+        draft.touch(0o600)
+        with open(draft, "w") as file:
             file.write(secrets.token_hex(32) + "\n")
             file.flush()
             sync(file.fileno())
+        # A link, unlike a rename, keeps the secret that another process has just made.
         try:
             os.link(draft, path)
-        except FileExistsError:  # another process has just made one
+        except FileExistsError:
             pass
         except OSError:  # a file system without hard links, such as FAT
             os.replace(draft, path)
-        sync_folder(path.parent)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)
+    sync_folder(path.parent)
 
 
 def load_public_key(path: Path) -> tuple[Any, str]:
@@ -527,31 +541,38 @@ def load_public_key(path: Path) -> tuple[Any, str]:
         raise CannotStart(f"jwt-public-key needs one more package: {remedy}") from error
     try:
         key = load_pem_public_key(path.read_bytes())
+        if isinstance(key, rsa.RSAPublicKey):
+            return key, "RS256"
+        if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1":
+            return key, "ES256"
+        if isinstance(key, (ed25519.Ed25519PublicKey, ed448.Ed448PublicKey)):
+            return key, "EdDSA"
+        raise ValueError("another kind of key")
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        wanted = "a readable PEM file that begins with -----BEGIN PUBLIC KEY-----"
+        wanted = "an RSA, P-256 or Ed25519 key in a file with -----BEGIN PUBLIC KEY-----"
         raise CannotStart(f"jwt-public-key takes {wanted}, not {path} ({error})") from error
-    if isinstance(key, rsa.RSAPublicKey):
-        return key, "RS256"
-    if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1":
-        return key, "ES256"
-    if isinstance(key, (ed25519.Ed25519PublicKey, ed448.Ed448PublicKey)):
-        return key, "EdDSA"
-    raise CannotStart(f"jwt-public-key takes an RSA, P-256 or Ed25519 key, not that in {path}")
 
 
 class Tokens:
     """Verifies and makes JSON Web Tokens and signed links."""
 
     def __init__(self, settings: Settings, secret: str) -> None:
-        self._secret, self._key, self._algorithm = secret, secret, "HS256"
+        self._secret, self._key, algorithm = secret, secret, "HS256"
         if settings.jwt_public_key:
-            self._key, self._algorithm = load_public_key(settings.jwt_public_key)
-        self._audience, self._issuer = settings.jwt_audience, settings.jwt_issuer
+            self._key, algorithm = load_public_key(settings.jwt_public_key)
+        audience, issuer = settings.jwt_audience or None, settings.jwt_issuer or None
+        self._claims = {"aud": audience, "iss": issuer}  # in each token of our own making
+        self._checks: dict[str, Any] = {
+            "algorithms": [algorithm],  # by the key, never by the token: RFC 8725, 3.1
+            "audience": audience,
+            "issuer": issuer,
+            "options": {"verify_aud": bool(audience), **dict.fromkeys(UNCHECKED, False)},
+        }
         self._link_key = hmac.digest(secret.encode(), b"image manager: signed links", "sha256")
         # Verifying a signature takes a third of a short request, and one that was right stays so:
         # of a token that is known, only the times are checked again. Failures are not cached, so
         # that a flood of bad tokens cannot evict good ones.
-        self._remembered = functools.lru_cache(maxsize=1024)(self._caller)
+        self._known_caller = functools.lru_cache(maxsize=1024)(self._caller)
 
     def verify(self, header: str | None) -> Caller:
         """Return whose token an Authorization header carries; raises Unauthorised."""
@@ -561,7 +582,7 @@ class Tokens:
         match = re.fullmatch(r"Bearer +([\w.~+/=-]+) *", header, re.ASCII | re.IGNORECASE)
         if not match:
             raise self._invalid("the header is not of the form: Bearer <token>")
-        caller = self._remembered(match[1])
+        caller = self._known_caller(match[1])
         now = time.time()
         if caller.expires <= now - LEEWAY:
             raise self._invalid("Signature has expired")
@@ -575,38 +596,29 @@ class Tokens:
 
     def _caller(self, token: str) -> Caller:
         """Return what a token says, whose signature must be right; looks at no times."""
-        checks = {"verify_aud": bool(self._audience), "verify_iss": bool(self._issuer)}
         try:
-            decoded = jwt.decode_complete(
-                token,
-                self._key,
-                algorithms=[self._algorithm],  # follows from the key, never from the token
-                audience=self._audience or None,
-                issuer=self._issuer or None,
-                options={**checks, **dict.fromkeys(UNCHECKED, False)},  # type: ignore[arg-type]
-            )
-        except TOLD_REASONS as error:
+            decoded = jwt.decode_complete(token, self._key, **self._checks)
+        except QUOTABLE_ERRORS as error:
             raise self._invalid(error) from error
         except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
             raise self._invalid("it is no JSON Web Token that is taken here") from error
         claims = decoded["payload"]
-        if "crit" in decoded["header"]:
+        if "crit" in decoded["header"]:  # RFC 7515, 4.1.11: extensions that must be understood
             raise self._invalid("no extension that crit can name is understood here")
         if text_faults(claims.get("service")):
             raise self._invalid("the claim service must be a name of 1 to 128 characters")
-        moments = [claims.get("nbf", -math.inf), claims.get("exp", math.inf)]
-        # Python reads NaN as a number too, and any comparison with it is false.
-        if any(type(m) not in (int, float) or not -math.inf <= m <= math.inf for m in moments):
+        times = [claims.get("nbf", -math.inf), claims.get("exp", math.inf)]
+        # Python's JSON reads NaN as a number too, and any comparison with it is false.
+        if not all(type(t) in (int, float) and -math.inf <= t <= math.inf for t in times):
             raise self._invalid("the claims nbf and exp must be numbers")
-        return Caller(claims["service"], self._rights(claims), claims.get("sub"), *moments)
+        return Caller(claims["service"], self._rights(claims), claims.get("sub"), *times)
 
     def _rights(self, claims: dict[str, Any]) -> frozenset[str]:
         scope = claims.get("scope", "")
-        listed = [scope] if isinstance(scope, str) else scope
-        if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+        words = scope if isinstance(scope, list) else [scope]
+        if not all(isinstance(word, str) for word in words):
             raise self._invalid("the claim scope must be a string or a list of strings")
-        words = " ".join(listed).split()
-        ours = {word for word in words if word.lower().startswith("image:")}
+        ours = {word for word in " ".join(words).split() if word.lower().startswith("image:")}
         if not ours <= set(RIGHTS):  # a typing error must not open the door
             raise self._invalid(f"what begins with image: in scope is not {', '.join(RIGHTS)}")
         return frozenset(ours or RIGHTS)
@@ -621,12 +633,10 @@ class Tokens:
         if text_faults(service) or not set(rights) <= set(RIGHTS):
             raise CannotStart("A token takes a service of 1 to 128 characters, and known rights")
         now = int(time.time())
-        claims: dict[str, Any] = {"service": service, "iat": now, "jti": str(uuid.uuid4())}
-        claims |= {"scope": " ".join(rights)} if rights else {}
-        claims |= {"exp": now + seconds} if seconds is not None else {}
-        claims |= {"aud": self._audience} if self._audience else {}
-        claims |= {"iss": self._issuer} if self._issuer else {}
-        return jwt.encode(claims, self._secret)
+        claims = {"service": service, "iat": now, "scope": " ".join(rights), **self._claims}
+        if seconds is not None:
+            claims["exp"] = now + seconds
+        return jwt.encode({name: value for name, value in claims.items() if value}, self._secret)
 
     def sign(self, image_id: str, sha256: str, expires: int) -> str:
         """Return the query of a link that gives these bytes, and no others, until `expires`.
