@@ -152,6 +152,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import tempfile
 import threading
 import time
@@ -203,9 +204,7 @@ class ServiceError(Exception):
     status, message = 500, "Internal server error: the log says more"
     headers: Mapping[str, str] = {}
 
-    def __init__(
-        self, message: str = "", headers: Mapping[str, str] | None = None, status: int = 0
-    ) -> None:
+    def __init__(self, message: str = "", headers: Mapping[str, str] = {}, status: int = 0) -> None:
         super().__init__(message or self.message)
         self.headers, self.status = headers or self.headers, status or self.status
 
@@ -442,9 +441,10 @@ def sync(file: int) -> None:
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder last through a power cut."""
-    if os.name == "nt":  # Windows opens no folders; NTFS keeps a journal of its names
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders; NTFS keeps a journal of its names
         return
-    folder = os.open(path, os.O_RDONLY)
     try:
         sync(folder)
     finally:
@@ -513,20 +513,21 @@ def load_secret(folder: Path) -> str:
 
 def make_secret(path: Path) -> None:
     """Make a file with a new secret, which appears whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        draft = Path(folder, path.name)
-        draft.touch(0o600)
-        with open(draft, "w") as file:
-            file.write(secrets.token_hex(32) + "\n")
-            file.flush()
-            sync(file.fileno())
-        # A link, unlike a rename, keeps the secret that another process has just made.
+    draft = tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False)  # mode 0600
+    try:
+        with draft:
+            draft.write(secrets.token_hex(32) + "\n")
+            draft.flush()
+            sync(draft.fileno())
+        # A link, unlike a rename, never replaces a secret that another process has just made.
         try:
-            os.link(draft, path)
+            os.link(draft.name, path)
         except FileExistsError:
             pass
         except OSError:  # a file system without hard links, such as FAT
-            os.replace(draft, path)
+            os.replace(draft.name, path)
+    finally:
+        Path(draft.name).unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -668,6 +669,8 @@ class Tokens:
 # ------------------------------------------------------------------------------------- memory
 # Data by address: pieces as a file writes them, in any order; segments as they lie in the memory.
 
+MEMORY_SIZE = 1 << 32  # bytes: the addresses of Intel HEX have 32 bits
+
 
 class Extent(NamedTuple):
     """A run of data: its address, its size, and its offset in a file."""
@@ -681,74 +684,52 @@ def hex_address(address: int) -> str:
     return f"0x{address:08X}"
 
 
-def join_adjacent(pieces: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield (address, size) of the runs that pieces cover; they come in the order of addresses."""
-    begin = end = 0
-    for address, size in pieces:
-        if address > end:
-            if end > begin:
-                yield begin, end - begin
-            begin = address
-        end = max(end, address + size)
-    if end > begin:
-        yield begin, end - begin
-
-
 class Pieces:
     """Data that come in any order; where two are for one address, the later wins."""
 
     def __init__(self) -> None:
-        self._addresses, self._sizes = array.array("Q"), array.array("Q")
+        # In the order of the file. Arrays hold millions in a tenth of the memory of lists.
+        self._addresses, self.sizes = array.array("Q"), array.array("Q")
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self.sizes)
 
     def add(self, address: int, size: int) -> None:
         """Add the next data of the file; data that follow on directly lengthen the last piece."""
-        if self._sizes and self._addresses[-1] + self._sizes[-1] == address:
-            self._sizes[-1] += size
+        if self.sizes and self._addresses[-1] + self.sizes[-1] == address:
+            self.sizes[-1] += size
         elif size:
             self._addresses.append(address)
-            self._sizes.append(size)
+            self.sizes.append(size)
 
-    def written(self) -> int:
-        """Return the sum of all sizes; a byte that is written twice counts twice."""
-        return sum(self._sizes)
-
-    def segments(self) -> list[tuple[int, int]]:
-        """Return (address, size) of the runs that the pieces cover, in the order of addresses."""
-        return list(join_adjacent(self._sorted()))
+    def by_address(self) -> Iterator[tuple[int, int]]:
+        """Yield (address, size) of the pieces in the order of addresses."""
+        return ((self._addresses[number], self.sizes[number]) for number in self._order())
 
     def overlaps(self) -> Iterator[tuple[int, int]]:
-        """Yield (address, size) of the runs that are written more than once."""
-        return join_adjacent(self._covered_again())
-
-    def _covered_again(self) -> Iterator[tuple[int, int]]:
+        """Yield (address, size) of what is written again, in the order of addresses."""
         reached = 0
-        for address, size in self._sorted():
+        for address, size in self.by_address():
             if address < reached:
                 yield address, min(address + size, reached) - address
             reached = max(reached, address + size)
 
-    def _sorted(self) -> Iterator[tuple[int, int]]:
-        return ((self._addresses[number], self._sizes[number]) for number in self._order())
-
     def is_in_order(self) -> bool:
         """Tell whether the file has the data in the order of addresses, and none twice."""
-        ends = map(operator.add, self._addresses, self._sizes)
+        ends = map(operator.add, self._addresses, self.sizes)
         return all(map(operator.le, ends, self._addresses[1:]))
 
     def extents(self) -> Iterator[Extent]:
-        """Yield where in the order of the file the data stand that come next in the memory.
+        """Yield the data in the order of addresses, each with its offset in the order of the file.
 
-        It walks through the addresses from one piece's begin to the next one's. Of the pieces that
-        have begun by then, the one that the file has last is what the memory holds in between.
+        It walks through the addresses, from where one piece begins to where the next one does. Of
+        the pieces that cover what lies between, the one that the file has last holds the data.
         """
-        offsets = array.array("Q", itertools.accumulate(self._sizes, initial=0))
+        offsets = array.array("Q", itertools.accumulate(self.sizes, initial=0))
         order = self._order()
-        following = array.array("Q", (self._addresses[piece] for piece in order[1:]))
-        following.append(1 << 33)
-        # The pieces that have begun, a heap: as negative numbers, so that the last comes first.
+        following = array.array("Q", map(self._addresses.__getitem__, order[1:]))
+        following.append(MEMORY_SIZE)
+        # A heap of the pieces that have begun: as negative numbers, so that the last comes first.
         covering: list[int] = []
         for piece, until in zip(order, following):
             heapq.heappush(covering, -piece)
@@ -756,7 +737,7 @@ class Pieces:
             while covering and at < until:
                 last = -covering[0]
                 begin = self._addresses[last]
-                end = min(begin + self._sizes[last], until)
+                end = min(begin + self.sizes[last], until)
                 if end > at:
                     yield Extent(at, end - at, offsets[last] + at - begin)
                     at = end
@@ -771,15 +752,17 @@ class Pieces:
 class Segments:
     """Runs of data in the order of addresses, which stand one after the other in a .bin file."""
 
-    def __init__(self, segments: Iterable[tuple[int, int]]) -> None:
-        """Take (address, size) of each."""
-        self.begins, self.ends, self.offsets = (array.array("Q") for _ in range(3))
-        offset = 0
-        for address, size in segments:
-            self.begins.append(address)
-            self.ends.append(address + size)
-            self.offsets.append(offset)
-            offset += size
+    def __init__(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Take (address, size) in the order of addresses; what touches or overlaps is joined."""
+        self.begins, self.ends = array.array("Q"), array.array("Q")
+        for address, size in runs:
+            if self.ends and address <= self.ends[-1]:
+                self.ends[-1] = max(self.ends[-1], address + size)
+            else:
+                self.begins.append(address)
+                self.ends.append(address + size)
+        sizes = map(operator.sub, self.ends, self.begins)
+        self.offsets = array.array("Q", itertools.accumulate(sizes, initial=0))
 
     def between(self, begin: int, end: int) -> Iterator[Extent]:
         """Yield the extents that lie between two addresses, cut off at both."""
@@ -792,31 +775,40 @@ class Segments:
 
 
 # ------------------------------------------------------------------------------------- Intel HEX
-# After Intel's Hexadecimal Object File Format Specification, revision A of 1988. Lines of one
-# length that follow one another are checked and taken together, a column of bytes at a time
-# (_take_run); all others, and those of a run that is not sound, one by one (_take_line).
+# After Intel's Hexadecimal Object File Format Specification, revision A of 1988. A record is a
+# line: a colon, then in hexadecimal digits its count of data bytes (1 byte), address (2, high byte
+# first), type (1), the data, and a checksum (1) that makes the sum of all its bytes 0 modulo 256:
+#
+#     :0400000001020304F2     the data 01 02 03 04 for address 0000
+#
+# Types: 00 data, 01 end of file, 02 and 04 the base that is added to the addresses that follow
+# (times 16, times 65536), 03 and 05 the start address of the program.
+#
+# HexReader takes a file in blocks. Runs of data records of one length, which is nearly all of a
+# file, are checked and taken at once (_take_data_records). All other lines, and runs in which
+# anything is strange, are taken one by one (_take_line), which also finds the line of a fault.
 
 # A file is read as Intel HEX where it begins with a colon or has a line that looks like a record.
 # The pattern finds a record in UTF-16 too, so that it can be refused with a sentence that says so.
 DETECTION_LIMIT = 64 * KIB
 FIRST_RECORD = re.compile(
-    rb"\A:|(?:\A(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?|[\r\n])\0?:\0?(?:[0-9A-Fa-f]\0?){10}"
+    rb"\A:|(?:\A|[\r\n])(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?\0?:\0?(?:[0-9A-Fa-f]\0?){10}"
 )
-UTF_16 = re.compile(rb"(?:\xff\xfe|\xfe\xff)?\0?:\0(?:[0-9A-Fa-f]\0){9}")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-BLANKS = b" \t"
+UTF_16 = re.compile(rb":\0(?:[0-9A-Fa-f]\0){9}")
+# A record is all of its line, but a byte order mark may stand before it, and text behind the one
+# that ends the file.
+RECORD = re.compile(
+    rb"(\xef\xbb\xbf)?(:00[0-9A-Fa-f]{4}01[0-9A-Fa-f]{2}(?![0-9A-Fa-f])|:.*)", re.DOTALL
+)
 NO_DIGIT = re.compile(b"[^0-9A-Fa-f]")
-END_RECORD = re.compile(rb":00[0-9A-Fa-f]{4}01[0-9A-Fa-f]{2}(?![0-9A-Fa-f])")
+BLANKS = b" \t"
 PAYLOAD_SIZE = {1: 0, 2: 2, 3: 4, 4: 2, 5: 4}  # bytes; the record types that have one fixed size
 LONGEST_RECORD = 3 + 1 + 2 * (255 + 5)  # characters, including a byte order mark
 MIN_RUN = 16  # records; fewer are read as fast one by one
 MAX_RUN_PAYLOAD = 250  # bytes: the sum of a record's bytes must fit 16 bits
 MAX_SEGMENTS = 1 << 18
 MAX_PIECES = 1 << 21  # as written, before they are joined; sorting so many takes 100 MiB
-TOO_SCATTERED = (
-    f"The data come in more separate pieces than can be checked: {MAX_SEGMENTS:,}, "
-    f"and {MAX_PIECES:,} as they are written, before they are joined"
-)
+TOO_SCATTERED = f"The data come in more separate pieces than can be checked: {MAX_SEGMENTS:,}"
 MAX_WARNINGS = 40
 
 
@@ -824,74 +816,41 @@ class HexFault(Exception):
     """The first fault of a file, or another reason why it cannot be taken as Intel HEX."""
 
 
-class Layout(NamedTuple):
-    """What an Intel HEX file says, apart from the data themselves."""
-
-    records: int
-    bytes: int  # of data as written: one that is written twice counts twice
-    start_address: int | None
-    segments: list[tuple[int, int]]  # address and size, adjacent ones joined
-    warnings: list[str]
-
-    def report(self) -> dict[str, Any]:
-        """Return the layout as clients see it."""
-        start = self.start_address
-        return {
-            **self._asdict(),
-            "start_address": None if start is None else hex_address(start),
-            "segments": [{"address": hex_address(at), "size": size} for at, size in self.segments],
-        }
-
-
 def looks_like_hex(begin: bytes) -> bool:
     """Tell whether a file whose first DETECTION_LIMIT bytes are given is meant as Intel HEX."""
     return FIRST_RECORD.search(begin) is not None
 
 
-def record_fault(line: bytes) -> str:
-    """Return what is wrong with a record: a character, its length or its checksum."""
-    strange = NO_DIGIT.search(line, 1)
-    if strange:
-        return f"character {strange.start() + 1} is no hexadecimal digit"
-    count = int(line[1:3] or b"0", 16)
-    digits = 2 * (count + 5)
-    if len(line) - 1 < digits:
-        return "record is cut off"
-    if len(line) - 1 > digits:
-        return f"record is longer than the {count} bytes that it announces"
-    *summed, found = binascii.unhexlify(line[1:])
-    return f"checksum is {found:02X}, should be {-sum(summed) & 0xFF:02X}"
-
-
 class HexReader:
     """Reads an Intel HEX file in blocks of any size.
 
-    feed() and finish() return the data in the order of the file. They and layout() raise HexFault.
+    feed() and finish() return the data in the order of the file; `pieces` tells where they belong.
+    They and report() raise HexFault.
     """
 
     def __init__(self) -> None:
+        self.pieces = Pieces()
         self._rest = b""  # the beginning of a line whose end has not come yet
-        self._line = self._records = 0
-        self._ended = False
-        # Addresses wrap at 4 GiB; under a base of type 02 they wrap 64 KiB above that base.
-        self._base, self._wrap_to, self._limit = 0, 0, 1 << 32
+        self._line = self._records = 0  # how many have been taken
+        self._ended = False  # whether the end-of-file record has been taken
+        # Under a base of type 02 addresses wrap from 64 KiB above the base to the base itself, and
+        # otherwise from 4 GiB to 0.
+        self._base, self._wraps_from, self._wraps_to = 0, MEMORY_SIZE, 0
         self._linear_base = 0  # what the last record of type 04 has set
         self._start_address: int | None = None
-        self.pieces = Pieces()  # in the order of the file
-        self._other_types: dict[int, str] = {}  # unknown record types, each with its warning
-        self._noted: set[str] = set()  # the places where text has been warned of
-        self._warnings: list[str] = []
-        self._warned = 0
+        self._has_other_types = False
+        self._first_warnings: dict[str, str] = {}  # where the first of a kind is enough: by kind
+        self._warnings: list[str] = []  # all others, at most MAX_WARNINGS
 
     def feed(self, block: bytes) -> bytes:
         """Take the next bytes of the file; return the data of the lines that end in them."""
         text = self._rest + block
         # A CR at the very end may be the first half of CR LF.
         end = max(text.rfind(b"\n"), text.rfind(b"\r", 0, len(text) - 1)) + 1
-        rest = text[end:]
-        # Of a line that is longer than any record, it only matters whether it is blank.
-        begin, more = rest[: LONGEST_RECORD + 1], rest[LONGEST_RECORD + 1 :]
-        self._rest = begin + more[:-1].strip(BLANKS)[:1] + more[-1:]
+        # Of a line that is longer than any record it only matters whether it is blank, so that a
+        # file without line ends takes no memory. A last CR stays, since it may be the line's end.
+        begin, more = text[end : end + LONGEST_RECORD + 1], text[end + LONGEST_RECORD + 1 :]
+        self._rest = begin + more.strip(BLANKS)[:1] + more[-1:]
         return self._take(text[:end].splitlines())
 
     def finish(self) -> bytes:
@@ -901,52 +860,52 @@ class HexReader:
             raise self._fault("no end-of-file record")
         return data
 
-    def layout(self) -> Layout:
-        """Return what the file says; to be called once, after finish()."""
-        segments = self.pieces.segments()
-        if len(segments) > MAX_SEGMENTS:
+    def report(self) -> dict[str, Any]:
+        """Return the layout of the file as clients see it; to be called once, after finish()."""
+        segments = Segments(self.pieces.by_address())
+        if len(segments.ends) > MAX_SEGMENTS:
             raise HexFault(TOO_SCATTERED)
-        for address, size in self.pieces.overlaps():
+        for address, size, _ in Segments(self.pieces.overlaps()).between(0, MEMORY_SIZE):
             where = hex_address(address)
             self._warn(f"{size} bytes at {where} are written more than once: the last wins")
-        more = self._warned - MAX_WARNINGS
-        warnings = [*self._other_types.values(), *self._warnings]
-        warnings += [f"There are {more} more warnings"] * (more > 0)
-        written = self.pieces.written()
-        return Layout(self._records, written, self._start_address, segments, warnings)
+        start = self._start_address
+        return {
+            "records": self._records,
+            "bytes": sum(self.pieces.sizes),  # what is written twice counts twice
+            "start_address": None if start is None else hex_address(start),
+            "segments": [
+                {"address": hex_address(address), "size": size}
+                for address, size, _ in segments.between(0, MEMORY_SIZE)
+            ],
+            "warnings": [*self._first_warnings.values(), *self._warnings],
+        }
 
     def has_raw_bytes(self) -> bool:
         """Tell whether the data are all that is to be flashed, and there are some."""
-        return len(self.pieces) > 0 and not self._other_types
+        return len(self.pieces) > 0 and not self._has_other_types
 
     def _take(self, lines: list[bytes]) -> bytes:
-        runs = itertools.groupby(lines, len)
-        return b"".join([self._take_run(list(run)) for _, run in runs])
-
-    def _take_run(self, lines: list[bytes]) -> bytes:
-        """Take lines of one length; return their data."""
-        if len(lines) < MIN_RUN:
-            return b"".join(map(self._take_line, lines))
-        data = self._take_data_records(lines)
-        if data is None:  # so the line that is different is found by halves
-            half = len(lines) // 2
-            return self._take_run(lines[:half]) + self._take_run(lines[half:])
-        return data
+        """Take whole lines, without their ends; return the data of their records."""
+        data: list[bytes] = []
+        for _, group in itertools.groupby(lines, len):
+            run = list(group)
+            taken = self._take_data_records(run) if len(run) >= MIN_RUN else None
+            data += map(self._take_line, run) if taken is None else [taken]
+        if len(self.pieces) > MAX_PIECES:
+            raise HexFault(TOO_SCATTERED)
+        return b"".join(data)
 
     def _take_data_records(self, lines: list[bytes]) -> bytes | None:
-        """Take sound data records of one length; None where one of them needs a closer look.
+        """Take lines of one length that are sound data records; None, and nothing, for others.
 
         Python is slow at single bytes and fast at long slices. So the lines are decoded in one go,
         and then looked at by columns: raw[0::width] is the first byte of every record, its count.
-        Added up as columns, every record's bytes must give a sum whose low byte is 0.
         """
         count, length = len(lines), len(lines[0])
         width = length // 2  # bytes of a record
-        size = width - 5
-        if self._ended or not length % 2 or not 0 < size <= MAX_RUN_PAYLOAD:
-            return None
+        size = width - 5  # bytes of its data
         text = b"".join(lines)
-        if text[::length] != b":" * count:
+        if self._ended or not 0 < size <= MAX_RUN_PAYLOAD or text[::length] != b":" * count:
             return None
         try:
             raw = binascii.unhexlify(text.replace(b":", b""))
@@ -954,10 +913,11 @@ class HexReader:
             return None
         if len(raw) != width * count or raw[::width] != bytes([size]) * count or any(raw[3::width]):
             return None
+        # A column as one long number, 16 bits for each of its bytes: added up, the columns give the
+        # sum of every record at once. By the checksum its low byte must be 0.
         data, lanes, sums = bytearray(size * count), bytearray(2 * count), 0
         for column in range(width):
             values = raw[column::width]
-            # A column as one long number, 16 bits for each byte: so all records add up at once.
             lanes[::2] = values
             sums += int.from_bytes(lanes, "little")
             if 4 <= column < width - 1:
@@ -965,19 +925,14 @@ class HexReader:
         if any(sums.to_bytes(2 * count, "little")[::2]):
             return None
         lanes[::2], lanes[1::2] = raw[1::width], raw[2::width]
-        addresses = array.array("H", bytes(lanes))
-        if sys.byteorder == "little":
-            addresses.byteswap()
+        addresses = struct.unpack(f">{count}H", lanes)
         begin, end = addresses[0], addresses[0] + size * count
-        room = self._limit - self._base - size
-        if room < 0xFFFF and max(addresses) > room:  # one of them wraps round
-            return None
         # Most files go on from record to record, so that all of these are one piece.
-        if end <= 1 << 16 and addresses == array.array("H", range(begin, end, size)):
-            self._add_piece(self._base + begin, size * count)
+        if end <= 1 << 16 and addresses == tuple(range(begin, end, size)):
+            self.pieces.add(self._base + begin, size * count)
         else:
             for address in addresses:
-                self._add_piece(self._base + address, size)
+                self._add_data(self._base + address, size)
         self._line += count
         self._records += count
         return bytes(data)
@@ -985,18 +940,16 @@ class HexReader:
     def _take_line(self, line: bytes) -> bytes:
         """Take a line of any kind; return the data of its record."""
         self._line += 1
-        if self._line == 1 and line.startswith(BYTE_ORDER_MARK):
-            self._take_text(BYTE_ORDER_MARK)
-            line = line.removeprefix(BYTE_ORDER_MARK)
-        if not self._records and UTF_16.match(line):
+        if not self._records and UTF_16.search(line):
             raise self._fault("the file is UTF-16: save it as plain text, ASCII or UTF-8")
-        if self._ended or not line.startswith(b":"):
+        match = None if self._ended else RECORD.match(line)
+        if not match:
             self._take_text(line)
             return b""
-        end = END_RECORD.match(line)
-        data = self._take_record(end[0] if end else line)
-        if end:
-            self._take_text(line[end.end() :])
+        byte_order_mark, record = match.groups(b"")
+        self._take_text(byte_order_mark)
+        data = self._take_record(record)
+        self._take_text(line[match.end() :])
         return data
 
     def _take_text(self, text: bytes) -> None:
@@ -1008,48 +961,32 @@ class HexReader:
         if self._records and not self._ended:
             raise self._fault("does not begin with a colon")
         where = "behind the end-of-file" if self._ended else "before the first"
-        if where not in self._noted:
-            self._noted.add(where)
-            self._warn(f"Line {self._line}: what stands {where} record is not flashed")
-
-    def _warn(self, sentence: str) -> None:
-        self._warned += 1
-        if self._warned <= MAX_WARNINGS:
-            self._warnings.append(sentence)
+        warning = f"Line {self._line}: what stands {where} record is not flashed"
+        self._first_warnings.setdefault(where, warning)
 
     def _take_record(self, line: bytes) -> bytes:
-        try:
-            record = binascii.unhexlify(line[1:])
-        except ValueError:
-            record = b""
-        if not record or len(record) != record[0] + 5 or sum(record) & 0xFF:
-            raise self._fault(record_fault(line))
-        count, kind, payload = record[0], record[3], record[4:-1]
+        """Take a line that begins with a colon; return its data."""
+        strange = NO_DIGIT.search(line, 1)
+        if strange:
+            raise self._fault(f"character {strange.start() + 1} is no hexadecimal digit")
+        count = int(line[1:3] or b"0", 16)
+        excess = len(line) - 1 - 2 * (count + 5)
+        if excess < 0:
+            raise self._fault("record is cut off")
+        if excess > 0:
+            raise self._fault(f"record is longer than the {count} bytes that it announces")
+        _, high, low, kind, *payload, checksum = record = binascii.unhexlify(line[1:])
+        if sum(record) & 0xFF:
+            wanted = (checksum - sum(record)) & 0xFF
+            raise self._fault(f"checksum is {checksum:02X}, should be {wanted:02X}")
         if count != PAYLOAD_SIZE.get(kind, count):
             raise self._fault(f"type {kind:02X} has {count} bytes, not {PAYLOAD_SIZE[kind]}")
         self._records += 1
         if kind:
             self._apply_control_record(kind, int.from_bytes(payload, "big"))
             return b""
-        self._add_data(self._base + int.from_bytes(record[1:3], "big"), count)
-        return payload
-
-    def _fault(self, reason: str) -> HexFault:
-        return HexFault(f"Corrupt Intel HEX: line {max(self._line, 1)}: {reason}")
-
-    def _add_data(self, address: int, size: int) -> None:
-        room = self._limit - address
-        if size > room:
-            self._add_piece(address, room)
-            address, size = self._wrap_to, size - room
-            begin, wrapped = hex_address(self._limit - room), hex_address(address)
-            self._warn(f"The record at {begin} wraps round to {wrapped}")
-        self._add_piece(address, size)
-
-    def _add_piece(self, address: int, size: int) -> None:
-        self.pieces.add(address, size)
-        if len(self.pieces) > MAX_PIECES:
-            raise HexFault(TOO_SCATTERED)
+        self._add_data(self._base + high * 256 + low, count)
+        return bytes(payload)
 
     def _apply_control_record(self, kind: int, value: int) -> None:
         """Apply a record of another type than data."""
@@ -1060,11 +997,11 @@ class HexReader:
                 linear, segment = hex_address(self._linear_base), hex_address(value << 4)
                 reason = f"base {segment} of type 02 comes after {linear} of type 04"
                 self._warn(f"Line {self._line}: {reason}; some programs add the two")
-            self._base = self._wrap_to = value << 4
-            self._limit = self._base + (1 << 16)
+            self._base = self._wraps_to = value << 4
+            self._wraps_from = self._base + (1 << 16)
         elif kind == 4:
             self._base = self._linear_base = value << 16
-            self._wrap_to, self._limit = 0, 1 << 32
+            self._wraps_from, self._wraps_to = MEMORY_SIZE, 0
         elif kind in (3, 5):
             # A record of type 03 gives the registers CS and IP of an 8086.
             start = value if kind == 5 else (value >> 16 << 4) + (value & 0xFFFF)
@@ -1073,10 +1010,29 @@ class HexReader:
                 reason = f"start address {hex_address(start)} comes after {hex_address(last)}"
                 self._warn(f"Line {self._line}: {reason}; the last one counts")
             self._start_address = start
-        elif kind not in self._other_types:
+        else:
+            self._has_other_types = True
             reason = f"what records of type {kind:02X} hold is unknown"
             warning = f"Line {self._line}: {reason}, so that there are no raw bytes"
-            self._other_types[kind] = warning
+            self._first_warnings.setdefault(reason, warning)
+
+    def _add_data(self, address: int, size: int) -> None:
+        room = self._wraps_from - address
+        if size > room:
+            begin, end = hex_address(address), hex_address(self._wraps_to)
+            self._warn(f"The record at {begin} wraps round to {end}")
+            self.pieces.add(address, room)
+            address, size = self._wraps_to, size - room
+        self.pieces.add(address, size)
+
+    def _warn(self, sentence: str) -> None:
+        if len(self._warnings) < MAX_WARNINGS:
+            self._warnings.append(sentence)
+        elif len(self._warnings) == MAX_WARNINGS:
+            self._warnings.append("There are more warnings like these")
+
+    def _fault(self, reason: str) -> HexFault:
+        return HexFault(f"Corrupt Intel HEX: line {max(self._line, 1)}: {reason}")
 
 
 # ------------------------------------------------------------------------------------- catalogue
@@ -1832,9 +1788,9 @@ class Upload:
         if self._reader:
             with self._reading():
                 self._store(".bin", self._reader.finish())
-                layout = self._reader.layout()
+                layout = self._reader.report()
                 raw_size = self._put_in_order(self._reader, layout)
-                report = json.dumps(layout.report())
+                report = json.dumps(layout)
         for file in self._files.values():
             file.flush()
             sync(file.fileno())
@@ -1843,7 +1799,7 @@ class Upload:
         require_space(self._folder, 3 * len(report or ""))
         return Binary(self._size, self._hash.hexdigest(), report, raw_size)
 
-    def _put_in_order(self, reader: HexReader, layout: Layout) -> int | None:
+    def _put_in_order(self, reader: HexReader, layout: dict[str, Any]) -> int | None:
         """Put the .bin in the order of addresses; return its size, None where there is none."""
         if not reader.has_raw_bytes():
             self._drop(".bin")
@@ -1858,7 +1814,7 @@ class Upload:
                         self._store(".bin", block)
             finally:
                 unordered.unlink()
-        return sum(size for _, size in layout.segments)
+        return sum(int(segment["size"]) for segment in layout["segments"])
 
     def _drop(self, suffix: str) -> None:
         try:
