@@ -702,14 +702,16 @@ class Pieces:
             self._addresses.append(address)
             self.sizes.append(size)
 
-    def by_address(self) -> Iterator[tuple[int, int]]:
-        """Yield (address, size) of the pieces in the order of addresses."""
-        return ((self._addresses[number], self.sizes[number]) for number in self._order())
+    def by_address(self) -> Iterator[tuple[int, int, int]]:
+        """Yield address, size and offset in the file's order, in the order of addresses."""
+        offsets = array.array("Q", itertools.accumulate(self.sizes, initial=0))
+        for number in sorted(range(len(self.sizes)), key=self._addresses.__getitem__):
+            yield self._addresses[number], self.sizes[number], offsets[number]
 
     def overlaps(self) -> Iterator[tuple[int, int]]:
         """Yield (address, size) of what is written again, in the order of addresses."""
         reached = 0
-        for address, size in self.by_address():
+        for address, size, _ in self.by_address():
             if address < reached:
                 yield address, min(address + size, reached) - address
             reached = max(reached, address + size)
@@ -725,28 +727,18 @@ class Pieces:
         It walks through the addresses, from where one piece begins to where the next one does. Of
         the pieces that cover what lies between, the one that the file has last holds the data.
         """
-        offsets = array.array("Q", itertools.accumulate(self.sizes, initial=0))
-        order = self._order()
-        following = array.array("Q", map(self._addresses.__getitem__, order[1:]))
-        following.append(MEMORY_SIZE)
-        # A heap of the pieces that have begun: as negative numbers, so that the last comes first.
-        covering: list[int] = []
-        for piece, until in zip(order, following):
-            heapq.heappush(covering, -piece)
-            at = self._addresses[piece]
+        covering: list[tuple[int, int, int]] = []  # a heap, whose first is the last in the file
+        pieces = itertools.chain(self.by_address(), [(MEMORY_SIZE, 0, 0)])
+        for (at, size, offset), (until, _, _) in itertools.pairwise(pieces):
+            heapq.heappush(covering, (-offset, at, at + size))
             while covering and at < until:
-                last = -covering[0]
-                begin = self._addresses[last]
-                end = min(begin + self.sizes[last], until)
+                negative_offset, begin, end = covering[0]
+                end = min(end, until)
                 if end > at:
-                    yield Extent(at, end - at, offsets[last] + at - begin)
+                    yield Extent(at, end - at, at - begin - negative_offset)
                     at = end
                 else:
                     heapq.heappop(covering)
-
-    def _order(self) -> list[int]:
-        """Return the numbers of the pieces in the order of their addresses."""
-        return sorted(range(len(self._addresses)), key=self._addresses.__getitem__)
 
 
 class Segments:
@@ -839,8 +831,7 @@ class HexReader:
         self._linear_base = 0  # what the last record of type 04 has set
         self._start_address: int | None = None
         self._has_other_types = False
-        self._first_warnings: dict[str, str] = {}  # where the first of a kind is enough: by kind
-        self._warnings: list[str] = []  # all others, at most MAX_WARNINGS
+        self._warnings: dict[str, str] = {}  # by kind where the first of a kind is enough
 
     def feed(self, block: bytes) -> bytes:
         """Take the next bytes of the file; return the data of the lines that end in them."""
@@ -862,7 +853,7 @@ class HexReader:
 
     def report(self) -> dict[str, Any]:
         """Return the layout of the file as clients see it; to be called once, after finish()."""
-        segments = Segments(self.pieces.by_address())
+        segments = Segments((address, size) for address, size, _ in self.pieces.by_address())
         if len(segments.ends) > MAX_SEGMENTS:
             raise HexFault(TOO_SCATTERED)
         for address, size, _ in Segments(self.pieces.overlaps()).between(0, MEMORY_SIZE):
@@ -877,7 +868,7 @@ class HexReader:
                 {"address": hex_address(address), "size": size}
                 for address, size, _ in segments.between(0, MEMORY_SIZE)
             ],
-            "warnings": [*self._first_warnings.values(), *self._warnings],
+            "warnings": list(self._warnings.values()),
         }
 
     def has_raw_bytes(self) -> bool:
@@ -926,10 +917,10 @@ class HexReader:
             return None
         lanes[::2], lanes[1::2] = raw[1::width], raw[2::width]
         addresses = struct.unpack(f">{count}H", lanes)
-        begin, end = addresses[0], addresses[0] + size * count
+        first, total = addresses[0], size * count
         # Most files go on from record to record, so that all of these are one piece.
-        if end <= 1 << 16 and addresses == tuple(range(begin, end, size)):
-            self.pieces.add(self._base + begin, size * count)
+        if addresses == tuple(range(first, first + total, size)):
+            self.pieces.add(self._base + first, total)
         else:
             for address in addresses:
                 self._add_data(self._base + address, size)
@@ -961,8 +952,7 @@ class HexReader:
         if self._records and not self._ended:
             raise self._fault("does not begin with a colon")
         where = "behind the end-of-file" if self._ended else "before the first"
-        warning = f"Line {self._line}: what stands {where} record is not flashed"
-        self._first_warnings.setdefault(where, warning)
+        self._warn(f"Line {self._line}: what stands {where} record is not flashed", where)
 
     def _take_record(self, line: bytes) -> bytes:
         """Take a line that begins with a colon; return its data."""
@@ -1013,8 +1003,7 @@ class HexReader:
         else:
             self._has_other_types = True
             reason = f"what records of type {kind:02X} hold is unknown"
-            warning = f"Line {self._line}: {reason}, so that there are no raw bytes"
-            self._first_warnings.setdefault(reason, warning)
+            self._warn(f"Line {self._line}: {reason}, so that there are no raw bytes", reason)
 
     def _add_data(self, address: int, size: int) -> None:
         room = self._wraps_from - address
@@ -1025,14 +1014,15 @@ class HexReader:
             address, size = self._wraps_to, size - room
         self.pieces.add(address, size)
 
-    def _warn(self, sentence: str) -> None:
-        if len(self._warnings) < MAX_WARNINGS:
-            self._warnings.append(sentence)
-        elif len(self._warnings) == MAX_WARNINGS:
-            self._warnings.append("There are more warnings like these")
+    def _warn(self, sentence: str, kind: str = "") -> None:
+        """Add a warning: of a kind that is named only the first, of others MAX_WARNINGS at most."""
+        if kind or len(self._warnings) < MAX_WARNINGS:
+            self._warnings.setdefault(kind or sentence, sentence)
+        else:
+            self._warnings["more"] = "There are more warnings like these"
 
     def _fault(self, reason: str) -> HexFault:
-        return HexFault(f"Corrupt Intel HEX: line {max(self._line, 1)}: {reason}")
+        return HexFault(f"Corrupt Intel HEX: line {self._line}: {reason}")
 
 
 # ------------------------------------------------------------------------------------- catalogue

@@ -960,7 +960,7 @@ def test_hex_overlap_is_reported_and_the_later_record_wins():
 def test_hex_that_warns_a_lot_names_other_types_all_the_same():
     starts = "".join(record(5, 0, number.to_bytes(4, "big")) for number in range(60))
     warnings = read_hex(starts + record(0x0A, 0) + END)[0].warnings
-    assert "type 0A" in warnings[0] and warnings[-1] == "There are more warnings like these"
+    assert "type 0A" in warnings[-1] and warnings[-2] == "There are more warnings like these"
 
 
 def test_hex_that_warns_a_lot_says_that_there_are_more():
