@@ -234,6 +234,11 @@ class Unauthorised(ServiceError):
     headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}  # RFC 9110, 11.6.1
 
 
+class InvalidToken(Unauthorised):
+    def __init__(self, reason: object) -> None:
+        super().__init__(f"Invalid authorization token: {reason}")
+
+
 class NotFound(ServiceError):
     status, message = 404, "No such path"
 
@@ -387,9 +392,7 @@ class Settings:
     data: Path = option(dataclasses.MISSING, parse_path, "folder of the store")
     host: str = option("127.0.0.1", parse_text, "address to listen on; 0.0.0.0 or :: for all")
     port: int = option(0, number_from(0, 65535), "port to listen on; 0 picks a free one")
-    url_prefix: str = option(
-        "", parse_prefix, "path below which the API answers as well: /fw-image"
-    )
+    url_prefix: str = option("", parse_prefix, "path below which the API answers too: /fw-image")
     public_url: str = option("", parse_url, "what signed links begin with: https://fw.example.com")
     workers: int = option(1, number_from(1, 64), "processes that serve")
     threads: int = option(4, number_from(1, 256), "threads of each process")
@@ -562,7 +565,7 @@ class Tokens:
         if settings.jwt_public_key:
             self._key, algorithm = load_public_key(settings.jwt_public_key)
         audience, issuer = settings.jwt_audience or None, settings.jwt_issuer or None
-        self._claims = {"aud": audience, "iss": issuer}  # in each token of our own making
+        self._issued_claims = {"aud": audience, "iss": issuer}
         self._checks: dict[str, Any] = {
             "algorithms": [algorithm],  # by the key, never by the token: RFC 8725, 3.1
             "audience": audience,
@@ -576,52 +579,52 @@ class Tokens:
         self._known_caller = functools.lru_cache(maxsize=1024)(self._caller)
 
     def verify(self, header: str | None) -> Caller:
-        """Return whose token an Authorization header carries; raises Unauthorised."""
+        """Return whose token an Authorization header carries; raises Unauthorised.
+
+        RFC 6750, 2.1, gives the form of the header, and RFC 7519, 4.1, the meaning of exp and nbf.
+        """
         if header is None:
             raise Unauthorised
         # Two Authorization headers arrive joined by a comma, which no token contains.
         match = re.fullmatch(r"Bearer +([\w.~+/=-]+) *", header, re.ASCII | re.IGNORECASE)
         if not match:
-            raise self._invalid("the header is not of the form: Bearer <token>")
+            raise InvalidToken("the header is not of the form: Bearer <token>")
         caller = self._known_caller(match[1])
         now = time.time()
         if caller.expires <= now - LEEWAY:
-            raise self._invalid("Signature has expired")
+            raise InvalidToken("Signature has expired")
         if caller.not_before > now + LEEWAY:
-            raise self._invalid("The token is not yet valid (nbf)")
+            raise InvalidToken("The token is not yet valid (nbf)")
         return caller
-
-    @staticmethod
-    def _invalid(reason: object) -> Unauthorised:
-        return Unauthorised(f"Invalid authorization token: {reason}")
 
     def _caller(self, token: str) -> Caller:
         """Return what a token says, whose signature must be right; looks at no times."""
         try:
             decoded = jwt.decode_complete(token, self._key, **self._checks)
         except QUOTABLE_ERRORS as error:
-            raise self._invalid(error) from error
+            raise InvalidToken(error) from error
         except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
-            raise self._invalid("it is no JSON Web Token that is taken here") from error
+            raise InvalidToken("it is no JSON Web Token that is taken here") from error
         claims = decoded["payload"]
         if "crit" in decoded["header"]:  # RFC 7515, 4.1.11: extensions that must be understood
-            raise self._invalid("no extension that crit can name is understood here")
+            raise InvalidToken("no extension that crit can name is understood here")
         if text_faults(claims.get("service")):
-            raise self._invalid("the claim service must be a name of 1 to 128 characters")
+            raise InvalidToken("the claim service must be a name of 1 to 128 characters")
         times = [claims.get("nbf", -math.inf), claims.get("exp", math.inf)]
         # Python's JSON reads NaN as a number too, and any comparison with it is false.
         if not all(type(t) in (int, float) and -math.inf <= t <= math.inf for t in times):
-            raise self._invalid("the claims nbf and exp must be numbers")
+            raise InvalidToken("the claims nbf and exp must be numbers")
         return Caller(claims["service"], self._rights(claims), claims.get("sub"), *times)
 
     def _rights(self, claims: dict[str, Any]) -> frozenset[str]:
+        """Return what the claim scope allows: all, unless a word of it begins with image:."""
         scope = claims.get("scope", "")
         words = scope if isinstance(scope, list) else [scope]
         if not all(isinstance(word, str) for word in words):
-            raise self._invalid("the claim scope must be a string or a list of strings")
+            raise InvalidToken("the claim scope must be a string or a list of strings")
         ours = {word for word in " ".join(words).split() if word.lower().startswith("image:")}
         if not ours <= set(RIGHTS):  # a typing error must not open the door
-            raise self._invalid(f"what begins with image: in scope is not {', '.join(RIGHTS)}")
+            raise InvalidToken(f"what begins with image: in scope is not {', '.join(RIGHTS)}")
         return frozenset(ours or RIGHTS)
 
     def issue(self, service: str, rights: Iterable[str] = (), seconds: int | None = None) -> str:
@@ -631,13 +634,15 @@ class Tokens:
         """
         if self._key is not self._secret:
             raise CannotStart("With jwt-public-key, tokens come from who has the private key")
-        if text_faults(service) or not set(rights) <= set(RIGHTS):
+        scope = " ".join(rights)
+        if text_faults(service) or not set(scope.split()) <= set(RIGHTS):
             raise CannotStart("A token takes a service of 1 to 128 characters, and known rights")
         now = int(time.time())
-        claims = {"service": service, "iat": now, "scope": " ".join(rights), **self._claims}
+        claims = {"service": service, "iat": now, "scope": scope, **self._issued_claims}
+        claims = {name: value for name, value in claims.items() if value}
         if seconds is not None:
             claims["exp"] = now + seconds
-        return jwt.encode({name: value for name, value in claims.items() if value}, self._secret)
+        return jwt.encode(claims, self._secret)
 
     def sign(self, image_id: str, sha256: str, expires: int) -> str:
         """Return the query of a link that gives these bytes, and no others, until `expires`.
@@ -825,10 +830,9 @@ class HexReader:
         self._rest = b""  # the beginning of a line whose end has not come yet
         self._line = self._records = 0  # how many have been taken
         self._ended = False  # whether the end-of-file record has been taken
-        # Under a base of type 02 addresses wrap from 64 KiB above the base to the base itself, and
-        # otherwise from 4 GiB to 0.
+        # The last base, and the address at which a record wraps round and to which. Under a base
+        # of type 02 that is 64 KiB above it and the base itself, under one of type 04 4 GiB and 0.
         self._base, self._wraps_from, self._wraps_to = 0, MEMORY_SIZE, 0
-        self._linear_base = 0  # what the last record of type 04 has set
         self._start_address: int | None = None
         self._has_other_types = False
         self._warnings: dict[str, str] = {}  # by kind where the first of a kind is enough
@@ -841,7 +845,7 @@ class HexReader:
         # Of a line that is longer than any record it only matters whether it is blank, so that a
         # file without line ends takes no memory. A last CR stays, since it may be the line's end.
         begin, more = text[end : end + LONGEST_RECORD + 1], text[end + LONGEST_RECORD + 1 :]
-        self._rest = begin + more.strip(BLANKS)[:1] + more[-1:]
+        self._rest = begin + more[:-1].strip(BLANKS)[:1] + more[-1:]
         return self._take(text[:end].splitlines())
 
     def finish(self) -> bytes:
@@ -965,33 +969,33 @@ class HexReader:
             raise self._fault("record is cut off")
         if excess > 0:
             raise self._fault(f"record is longer than the {count} bytes that it announces")
-        _, high, low, kind, *payload, checksum = record = binascii.unhexlify(line[1:])
+        record = binascii.unhexlify(line[1:])
         if sum(record) & 0xFF:
-            wanted = (checksum - sum(record)) & 0xFF
-            raise self._fault(f"checksum is {checksum:02X}, should be {wanted:02X}")
+            wanted = -sum(record[:-1]) & 0xFF
+            raise self._fault(f"checksum is {record[-1]:02X}, should be {wanted:02X}")
+        kind, payload = record[3], record[4:-1]
         if count != PAYLOAD_SIZE.get(kind, count):
             raise self._fault(f"type {kind:02X} has {count} bytes, not {PAYLOAD_SIZE[kind]}")
         self._records += 1
         if kind:
             self._apply_control_record(kind, int.from_bytes(payload, "big"))
             return b""
-        self._add_data(self._base + high * 256 + low, count)
-        return bytes(payload)
+        self._add_data(self._base + int.from_bytes(record[1:3], "big"), count)
+        return payload
 
     def _apply_control_record(self, kind: int, value: int) -> None:
         """Apply a record of another type than data."""
         if kind == 1:
             self._ended = True
         elif kind == 2:
-            if self._linear_base:
-                linear, segment = hex_address(self._linear_base), hex_address(value << 4)
+            if self._base and self._wraps_from == MEMORY_SIZE:  # a base of type 04
+                linear, segment = hex_address(self._base), hex_address(value << 4)
                 reason = f"base {segment} of type 02 comes after {linear} of type 04"
                 self._warn(f"Line {self._line}: {reason}; some programs add the two")
             self._base = self._wraps_to = value << 4
-            self._wraps_from = self._base + (1 << 16)
+            self._wraps_from = self._base + 64 * KIB
         elif kind == 4:
-            self._base = self._linear_base = value << 16
-            self._wraps_from, self._wraps_to = MEMORY_SIZE, 0
+            self._base, self._wraps_from, self._wraps_to = value << 16, MEMORY_SIZE, 0
         elif kind in (3, 5):
             # A record of type 03 gives the registers CS and IP of an 8086.
             start = value if kind == 5 else (value >> 16 << 4) + (value & 0xFFFF)
