@@ -708,13 +708,16 @@ class Pieces:
             self.sizes.append(size)
 
     def by_address(self) -> Iterator[tuple[int, int, int]]:
-        """Yield address, size and offset in the file's order, in the order of addresses."""
+        """Yield (address, size, offset) of the pieces in the order of addresses.
+
+        The offset is that among all the data in the order of the file.
+        """
         offsets = array.array("Q", itertools.accumulate(self.sizes, initial=0))
         for number in sorted(range(len(self.sizes)), key=self._addresses.__getitem__):
             yield self._addresses[number], self.sizes[number], offsets[number]
 
     def overlaps(self) -> Iterator[tuple[int, int]]:
-        """Yield (address, size) of what is written again, in the order of addresses."""
+        """Yield (address, size) of what is written more than once, in the order of addresses."""
         reached = 0
         for address, size, _ in self.by_address():
             if address < reached:
@@ -732,15 +735,16 @@ class Pieces:
         It walks through the addresses, from where one piece begins to where the next one does. Of
         the pieces that cover what lies between, the one that the file has last holds the data.
         """
-        covering: list[tuple[int, int, int]] = []  # a heap, whose first is the last in the file
+        # A heap of (-offset, begin, end): its first item is the piece that the file has last.
+        covering: list[tuple[int, int, int]] = []
         pieces = itertools.chain(self.by_address(), [(MEMORY_SIZE, 0, 0)])
         for (at, size, offset), (until, _, _) in itertools.pairwise(pieces):
             heapq.heappush(covering, (-offset, at, at + size))
             while covering and at < until:
-                negative_offset, begin, end = covering[0]
+                minus_offset, begin, end = covering[0]
                 end = min(end, until)
                 if end > at:
-                    yield Extent(at, end - at, at - begin - negative_offset)
+                    yield Extent(at, end - at, at - begin - minus_offset)
                     at = end
                 else:
                     heapq.heappop(covering)
@@ -891,10 +895,11 @@ class HexReader:
         return b"".join(data)
 
     def _take_data_records(self, lines: list[bytes]) -> bytes | None:
-        """Take lines of one length that are sound data records; None, and nothing, for others.
+        """Take lines of one length and return their data, if all are sound data records.
 
-        Python is slow at single bytes and fast at long slices. So the lines are decoded in one go,
-        and then looked at by columns: raw[0::width] is the first byte of every record, its count.
+        Otherwise return None, with nothing taken. Python is slow at single bytes and fast at long
+        slices. So the lines are decoded in one go, and then looked at by columns: raw[0::width] is
+        the first byte of every record, its count.
         """
         count, length = len(lines), len(lines[0])
         width = length // 2  # bytes of a record
@@ -948,7 +953,7 @@ class HexReader:
         return data
 
     def _take_text(self, text: bytes) -> None:
-        """Take text that is no record; raise HexFault where none may stand unless it is blank."""
+        """Take text that is no record: blank, or else before the first or behind the last one."""
         if self._ended and text.startswith(b":"):
             raise self._fault("a second file begins here")
         if not text.strip(BLANKS):
@@ -1010,6 +1015,7 @@ class HexReader:
             self._warn(f"Line {self._line}: {reason}, so that there are no raw bytes", reason)
 
     def _add_data(self, address: int, size: int) -> None:
+        """Add the data of a record, in two pieces where they wrap round."""
         room = self._wraps_from - address
         if size > room:
             begin, end = hex_address(address), hex_address(self._wraps_to)
