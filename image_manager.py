@@ -123,6 +123,7 @@ import base64
 import binascii
 import bisect
 import collections
+import configparser
 import contextlib
 import dataclasses
 import email.errors
@@ -152,6 +153,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import tempfile
 import threading
 import time
@@ -194,15 +196,18 @@ class CannotStart(Exception):
 
 
 class ServiceError(Exception):
-    """Base of all errors that a client sees; `status` is the HTTP status."""
+    """Base of all errors that a client sees: HTTP status, message and headers of the answer.
+
+    A subclass sets defaults. There is one for each error that is caught somewhere, or raised in
+    more than one place; all others are a ServiceError with a status.
+    """
 
     status, message = 500, "Internal server error: the log says more"
+    headers: Mapping[str, str] = {}
 
-    def __init__(
-        self, message: str = "", headers: Mapping[str, str] | None = None, status: int = 0
-    ) -> None:
+    def __init__(self, message: str = "", headers: Mapping[str, str] = {}, status: int = 0) -> None:
         super().__init__(message or self.message)
-        self.headers, self.status = dict(headers or {}), status or self.status
+        self.headers, self.status = headers or self.headers, status or self.status
 
     def body(self) -> dict[str, Any]:
         return {"message": str(self), "status": self.status}
@@ -227,9 +232,12 @@ class FaultyImage(BadRequest):
 
 class Unauthorised(ServiceError):
     status, message = 401, "No authorization token has been supplied"
+    headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}  # RFC 9110, 11.6.1
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(message, {"WWW-Authenticate": "Bearer"})
+
+class InvalidToken(Unauthorised):
+    def __init__(self, reason: object) -> None:
+        super().__init__(f"Invalid authorization token: {reason}")
 
 
 class NotFound(ServiceError):
@@ -280,7 +288,8 @@ class StorageFull(ServiceError):
     status, message = 507, "The disk is full: delete images or make room, then try again"
 
 
-FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+# No space left on the device, the file system's limit for one file, and a user's quota.
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 @contextlib.contextmanager
@@ -297,25 +306,57 @@ def full_disk_as_error() -> Iterator[None]:
 # ------------------------------------------------------------------------------------- settings
 
 
-# Each of these functions reads a setting, given as text or as a Python value; raises ValueError.
+# Each of these functions returns a setting that is given as text, as on the command line, or as a
+# Python value. They raise ValueError with what the setting takes: "takes a path".
 
 
-def parse_text(value: object) -> str:
-    if not isinstance(value, str) or re.search("[\0\ud800-\udfff]", value):
-        raise ValueError("takes text in UTF-8")
-    return value
+def text_like(pattern: str, wanted: str) -> Callable[[object], str]:
+    """Return a function that reads a text of this form; it returns the pattern's group 1."""
+
+    def parse(value: object) -> str:
+        match = re.fullmatch(pattern, value, re.ASCII) if isinstance(value, str) else None
+        if not match:
+            raise ValueError(f"takes {wanted}")
+        return match[1]
+
+    return parse
+
+
+def number_from(low: int, high: int) -> Callable[[object], int]:
+    """Return a function that reads a whole number in these limits."""
+
+    def parse(value: object) -> int:
+        text = str(value).strip()
+        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"takes a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+parse_text = text_like("([^\0\ud800-\udfff]*)", "text in UTF-8")
+# Visible ASCII: for an address without " < > as they stand around it in texts, for an origin
+# without a path and without the comma that would make it a list.
+parse_url = text_like("((?:https?://[!#-;=?-~]+?)?)/*", "an address such as https://fw.example.com")
+parse_origin = text_like(
+    r"(\*|[a-z][a-z0-9+.-]*://[!-+.0-~-]+|)", "* or an origin such as https://bench.example.com"
+)
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def parse_prefix(value: object) -> str:
+    """Return a path with a slash before it and none behind, "" for none."""
+    path = parse_text(value).strip("/")
+    words = r"(?!(?:image|health|openapi\.json)(?:/|$))[\w.~-]+(?:/[\w.~-]+)*"
+    if path and not re.fullmatch(words, path, re.ASCII):
+        raise ValueError("takes a path such as /fw-image, none of the API's own")
+    return path and "/" + path
 
 
 def parse_path(value: Any) -> Path:
     if not isinstance(value, (str, os.PathLike)) or "\0" in os.fspath(value):
         raise ValueError("takes a path")
     return Path(value)
-
-
-def parse_count(value: object) -> int:
-    if not re.fullmatch("[0-9]{1,9}", str(value).strip()):
-        raise ValueError("takes a whole number")
-    return int(str(value))
 
 
 def parse_size(value: object) -> int:
@@ -327,19 +368,17 @@ def parse_size(value: object) -> int:
 
 
 def parse_switch(value: object) -> bool:
-    words = {**dict.fromkeys(("1", "true", "yes", "on"), True), "": False}
-    words |= dict.fromkeys(("0", "false", "no", "off"), False)
-    if str(value).strip().lower() not in words:
+    words, word = configparser.ConfigParser.BOOLEAN_STATES, str(value).strip().lower()
+    if word not in words:
         raise ValueError("takes 1, true, yes or on, or else 0, false, no or off")
-    return words[str(value).strip().lower()]
+    return words[word]
 
 
 def parse_networks(value: Any) -> tuple[Network, ...]:
-    """Return the networks of 10.0.0.0/8, of ::1, or of several with commas between."""
+    """Return the networks of a list, or of a text with commas between: 10.0.0.0/8, ::1."""
     try:
-        text = value if isinstance(value, str) else ",".join(map(str, value))
-        words = filter(None, map(str.strip, text.split(",")))
-        return tuple(ipaddress.ip_network(word, strict=False) for word in words)
+        words = value.split(",") if isinstance(value, str) else value
+        return tuple(ipaddress.ip_network(str(word).strip(), False) for word in words if word)
     except (ValueError, TypeError) as error:
         raise ValueError("takes an address or a network such as 10.0.0.0/8") from error
 
@@ -347,10 +386,6 @@ def parse_networks(value: Any) -> tuple[Network, ...]:
 def option(default: Any, parse: Callable[[Any], Any], meaning: str) -> Any:
     """Declare a field of Settings that the command line and the environment can set."""
     return dataclasses.field(default=default, metadata={"parse": parse, "meaning": meaning})
-
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-LIMITS = {"port": (0, 65535), "workers": (1, 64), "threads": (1, 256)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,17 +397,17 @@ class Settings:
 
     data: Path = option(dataclasses.MISSING, parse_path, "folder of the store")
     host: str = option("127.0.0.1", parse_text, "address to listen on; 0.0.0.0 or :: for all")
-    port: int = option(0, parse_count, "port to listen on; 0 picks a free one")
-    url_prefix: str = option("", parse_text, "path below which the API answers as well: /fw-image")
-    public_url: str = option("", parse_text, "what signed links begin with: https://fw.example.com")
-    workers: int = option(1, parse_count, "processes that serve")
-    threads: int = option(4, parse_count, "threads of each process")
+    port: int = option(0, number_from(0, 65535), "port to listen on; 0 picks a free one")
+    url_prefix: str = option("", parse_prefix, "path below which the API answers too: /fw-image")
+    public_url: str = option("", parse_url, "what signed links begin with: https://fw.example.com")
+    workers: int = option(1, number_from(1, 64), "processes that serve")
+    threads: int = option(4, number_from(1, 256), "threads of each process")
     max_upload: int = option("512M", parse_size, "largest file taken: bytes, or with K, M, G")
     require_intel_hex: bool = option(False, parse_switch, "refuse files that are not Intel HEX")
     jwt_public_key: Path | None = option(None, parse_path, "PEM file of whoever signs the tokens")
     jwt_audience: str = option("", parse_text, "audience (aud) that tokens must name")
     jwt_issuer: str = option("", parse_text, "issuer (iss) that tokens must name")
-    allow_origin: str = option("", parse_text, "origin whose pages may use the API; * for any")
+    allow_origin: str = option("", parse_origin, "origin whose pages may use the API; * for any")
     access_log: str = option("", parse_text, "file for a line about each answer; - for stdout")
     trusted_proxy: tuple[Network, ...] = option(
         (), parse_networks, "proxy, or network of such, whose X-Forwarded-For names the client"
@@ -383,37 +418,21 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if value is None and field.default is None:  # not set, and need not be
+                continue
             try:
-                if value is not None or field.default is not None:
-                    value = field.metadata["parse"](value)
-                low, high = LIMITS.get(field.name, (None, None))
-                if low is not None and not low <= value <= high:
-                    raise ValueError(f"takes a number from {low} to {high}")
+                value = field.metadata["parse"](value)
             except ValueError as error:
                 given = f", not {value!r}" if field.repr else ""
                 raise CannotStart(f"{field.name} {error}{given}") from error
-            self._set(field.name, value)
-        prefix = self.url_prefix.strip("/")
-        self._set("public_url", self.public_url.rstrip("/"))
-        self._set("url_prefix", prefix and "/" + prefix)
-        hidden = r"(?!(image|health|openapi\.json)(/|$))"
-        if not re.fullmatch(rf"({hidden}[\w.~-]+(/[\w.~-]+)*)?", prefix, re.ASCII):
-            raise CannotStart("url_prefix takes a path such as /fw-image, none of the API's own")
-        if not re.fullmatch(r"(https?://[\x21\x23-\x3b\x3d\x3f-\x7e]+)?", self.public_url):
-            raise CannotStart("public_url takes an address such as https://fw.example.com")
-        if not re.fullmatch(r"(\*|[a-z][a-z0-9+.-]*://[^/\s,]+)?", self.allow_origin, re.ASCII):
-            raise CannotStart("allow_origin takes * or an origin such as https://bench.example.com")
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the class is frozen
+            object.__setattr__(self, field.name, value)  # the class is frozen
 
 
 def make_folder(path: Path) -> None:
     """Make a folder unless it is there; raises CannotStart where that, or writing in it, fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         remedy = "make it a folder that can be written, or name another with --data"
         raise CannotStart(f"Cannot write in {path} ({error.strerror}): {remedy}") from error
@@ -446,15 +465,19 @@ def sync_folder(path: Path) -> None:
 READ, WRITE, DELETE = RIGHTS = ("image:read", "image:write", "image:delete")
 LEEWAY = 30  # seconds that the clock of whoever made a token may be off
 LONGEST_LINK = 30 * 86400  # seconds
-CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f]")  # exactly Unicode's category Cc
 # Only the messages of these errors are shown: those of others may quote parts of the token.
-TOLD_REASONS = (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError, jwt.InvalidAudienceError,
-                jwt.InvalidIssuerError, jwt.MissingRequiredClaimError)  # fmt: skip
-UNCHECKED = ("verify_exp", "verify_nbf", "verify_iat", "verify_sub", "verify_jti")
+QUOTABLE_ERRORS = (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError, jwt.InvalidAudienceError,
+                   jwt.InvalidIssuerError, jwt.MissingRequiredClaimError)  # fmt: skip
+# What PyJWT would check beyond the signature: iat, sub and jti may have any form here, and the
+# times are checked at each use of a token, also of one whose signature is known to be right.
+UNCHECKED = ("verify_iat", "verify_sub", "verify_jti", "verify_exp", "verify_nbf")
 
 
 def text_faults(value: object) -> list[str]:
-    """Return all that is wrong with a label, a version or the name of a tenant."""
+    """Return all that is wrong with a label, a version or the name of a tenant.
+
+    Control characters are those of Unicode's category Cc.
+    """
     if value is None:
         return ["Field may not be null."]
     if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
@@ -462,7 +485,7 @@ def text_faults(value: object) -> list[str]:
     faults = {
         "Shorter than minimum length 1.": not value,
         "Longer than maximum length 128.": len(value) > 128,
-        "Contains control characters.": CONTROL_CHARACTERS.search(value),
+        "Contains control characters.": re.search("[\x00-\x1f\x7f-\x9f]", value),
     }
     return [reason for reason, found in faults.items() if found]
 
@@ -489,32 +512,32 @@ def load_secret(folder: Path) -> str:
             make_folder(folder)
             make_secret(path)
         secret = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CannotStart(f"Cannot read or make {path} ({error}): make it readable") from error
-    if len(secret) < 32:
-        remedy = "restore it, or delete it, which ends all tokens"
-        raise CannotStart(f"{path} holds no secret of 32 characters or more: {remedy}")
+        if len(secret) < 32:
+            raise ValueError("it has less than 32 characters")
+    except (OSError, ValueError) as error:
+        remedy = "make it readable; or restore it, or delete it, which ends all tokens"
+        raise CannotStart(f"Cannot use {path} ({error}): {remedy}") from error
     return secret
 
 
 def make_secret(path: Path) -> None:
     """Make a file with a new secret, which appears whole or not at all."""
-    handle, draft = tempfile.mkstemp(".draft", path.name, path.parent)  # mode 0600
+    draft = tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False)  # mode 0600
     try:
-        with open(handle, "w") as file:
-            file.write(secrets.token_hex(32) + "\n")
-            file.flush()
-            sync(file.fileno())
+        with draft:
+            draft.write(secrets.token_hex(32) + "\n")
+            draft.flush()
+            sync(draft.fileno())
+        # A link, unlike a rename, never replaces a secret that another process has just made.
         try:
-            os.link(draft, path)
-        except FileExistsError:  # another process has just made one
+            os.link(draft.name, path)
+        except FileExistsError:
             pass
         except OSError:  # a file system without hard links, such as FAT
-            os.replace(draft, path)
-        sync_folder(path.parent)
+            os.replace(draft.name, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)
+        Path(draft.name).unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def load_public_key(path: Path) -> tuple[Any, str]:
@@ -528,88 +551,86 @@ def load_public_key(path: Path) -> tuple[Any, str]:
         raise CannotStart(f"jwt-public-key needs one more package: {remedy}") from error
     try:
         key = load_pem_public_key(path.read_bytes())
+        if isinstance(key, rsa.RSAPublicKey):
+            return key, "RS256"
+        if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1":
+            return key, "ES256"
+        if isinstance(key, (ed25519.Ed25519PublicKey, ed448.Ed448PublicKey)):
+            return key, "EdDSA"
+        raise ValueError("another kind of key")
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        wanted = "a readable PEM file that begins with -----BEGIN PUBLIC KEY-----"
+        wanted = "an RSA, P-256 or Ed25519 key in a file with -----BEGIN PUBLIC KEY-----"
         raise CannotStart(f"jwt-public-key takes {wanted}, not {path} ({error})") from error
-    if isinstance(key, rsa.RSAPublicKey):
-        return key, "RS256"
-    if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1":
-        return key, "ES256"
-    if isinstance(key, (ed25519.Ed25519PublicKey, ed448.Ed448PublicKey)):
-        return key, "EdDSA"
-    raise CannotStart(f"jwt-public-key takes an RSA, P-256 or Ed25519 key, not that in {path}")
 
 
 class Tokens:
     """Verifies and makes JSON Web Tokens and signed links."""
 
     def __init__(self, settings: Settings, secret: str) -> None:
-        self._secret, self._key, self._algorithm = secret, secret, "HS256"
+        self._secret, self._key, algorithm = secret, secret, "HS256"
         if settings.jwt_public_key:
-            self._key, self._algorithm = load_public_key(settings.jwt_public_key)
-        self._audience, self._issuer = settings.jwt_audience, settings.jwt_issuer
+            self._key, algorithm = load_public_key(settings.jwt_public_key)
+        audience, issuer = settings.jwt_audience or None, settings.jwt_issuer or None
+        self._issued_claims = {"aud": audience, "iss": issuer}
+        self._checks: dict[str, Any] = {
+            "algorithms": [algorithm],  # by the key, never by the token: RFC 8725, 3.1
+            "audience": audience,
+            "issuer": issuer,
+            "options": {"verify_aud": bool(audience), **dict.fromkeys(UNCHECKED, False)},
+        }
         self._link_key = hmac.digest(secret.encode(), b"image manager: signed links", "sha256")
         # Verifying a signature takes a third of a short request, and one that was right stays so:
         # of a token that is known, only the times are checked again. Failures are not cached, so
         # that a flood of bad tokens cannot evict good ones.
-        self._remembered = functools.lru_cache(maxsize=1024)(self._caller)
+        self._known_caller = functools.lru_cache(maxsize=1024)(self._caller)
 
     def verify(self, header: str | None) -> Caller:
-        """Return whose token an Authorization header carries; raises Unauthorised."""
+        """Return whose token an Authorization header carries; raises Unauthorised.
+
+        RFC 6750, 2.1, gives the form of the header, and RFC 7519, 4.1, the meaning of exp and nbf.
+        """
         if header is None:
             raise Unauthorised
         # Two Authorization headers arrive joined by a comma, which no token contains.
         match = re.fullmatch(r"Bearer +([\w.~+/=-]+) *", header, re.ASCII | re.IGNORECASE)
         if not match:
-            raise self._invalid("the header is not of the form: Bearer <token>")
-        caller = self._remembered(match[1])
+            raise InvalidToken("the header is not of the form: Bearer <token>")
+        caller = self._known_caller(match[1])
         now = time.time()
         if caller.expires <= now - LEEWAY:
-            raise self._invalid("Signature has expired")
+            raise InvalidToken("Signature has expired")
         if caller.not_before > now + LEEWAY:
-            raise self._invalid("The token is not yet valid (nbf)")
+            raise InvalidToken("The token is not yet valid (nbf)")
         return caller
-
-    @staticmethod
-    def _invalid(reason: object) -> Unauthorised:
-        return Unauthorised(f"Invalid authorization token: {reason}")
 
     def _caller(self, token: str) -> Caller:
         """Return what a token says, whose signature must be right; looks at no times."""
-        checks = {"verify_aud": bool(self._audience), "verify_iss": bool(self._issuer)}
         try:
-            decoded = jwt.decode_complete(
-                token,
-                self._key,
-                algorithms=[self._algorithm],  # follows from the key, never from the token
-                audience=self._audience or None,
-                issuer=self._issuer or None,
-                options={**checks, **dict.fromkeys(UNCHECKED, False)},  # type: ignore[arg-type]
-            )
-        except TOLD_REASONS as error:
-            raise self._invalid(error) from error
+            decoded = jwt.decode_complete(token, self._key, **self._checks)
+        except QUOTABLE_ERRORS as error:
+            raise InvalidToken(error) from error
         except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
-            raise self._invalid("it is no JSON Web Token that is taken here") from error
+            raise InvalidToken("it is no JSON Web Token that is taken here") from error
         claims = decoded["payload"]
-        if "crit" in decoded["header"]:
-            raise self._invalid("no extension that crit can name is understood here")
+        if "crit" in decoded["header"]:  # RFC 7515, 4.1.11: extensions that must be understood
+            raise InvalidToken("no extension that crit can name is understood here")
         if text_faults(claims.get("service")):
-            raise self._invalid("the claim service must be a name of 1 to 128 characters")
-        moments = [claims.get("nbf", -math.inf), claims.get("exp", math.inf)]
-        # Python reads NaN as a number too, and any comparison with it is false.
-        if any(type(m) not in (int, float) or not -math.inf <= m <= math.inf for m in moments):
-            raise self._invalid("the claims nbf and exp must be numbers")
-        return Caller(claims["service"], self._rights(claims), claims.get("sub"), *moments)
+            raise InvalidToken("the claim service must be a name of 1 to 128 characters")
+        times = [claims.get("nbf", -math.inf), claims.get("exp", math.inf)]
+        # Python's JSON reads NaN as a number too, and any comparison with it is false.
+        if not all(type(t) in (int, float) and -math.inf <= t <= math.inf for t in times):
+            raise InvalidToken("the claims nbf and exp must be numbers")
+        return Caller(claims["service"], self._rights(claims), claims.get("sub"), *times)
 
     def _rights(self, claims: dict[str, Any]) -> frozenset[str]:
+        """Return what the claim scope allows: all, unless a word of it begins with image:."""
         scope = claims.get("scope", "")
-        listed = [scope] if isinstance(scope, str) else scope
-        if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
-            raise self._invalid("the claim scope must be a string or a list of strings")
-        words = " ".join(listed).split()
-        ours = {word for word in words if word.lower().startswith("image:")}
+        words = scope if isinstance(scope, list) else [scope]
+        if not all(isinstance(word, str) for word in words):
+            raise InvalidToken("the claim scope must be a string or a list of strings")
+        ours = {word for word in " ".join(words).split() if word.lower().startswith("image:")}
         if not ours <= set(RIGHTS):  # a typing error must not open the door
-            raise self._invalid(f"what begins with image: in scope is not {', '.join(RIGHTS)}")
+            raise InvalidToken(f"what begins with image: in scope is not {', '.join(RIGHTS)}")
         return frozenset(ours or RIGHTS)
 
     def issue(self, service: str, rights: Iterable[str] = (), seconds: int | None = None) -> str:
@@ -619,14 +640,14 @@ class Tokens:
         """
         if self._key is not self._secret:
             raise CannotStart("With jwt-public-key, tokens come from who has the private key")
-        if text_faults(service) or not set(rights) <= set(RIGHTS):
+        scope = " ".join(rights)
+        if text_faults(service) or not set(scope.split()) <= set(RIGHTS):
             raise CannotStart("A token takes a service of 1 to 128 characters, and known rights")
         now = int(time.time())
-        claims: dict[str, Any] = {"service": service, "iat": now, "jti": str(uuid.uuid4())}
-        claims |= {"scope": " ".join(rights)} if rights else {}
-        claims |= {"exp": now + seconds} if seconds is not None else {}
-        claims |= {"aud": self._audience} if self._audience else {}
-        claims |= {"iss": self._issuer} if self._issuer else {}
+        claims = {"service": service, "iat": now, "scope": scope, **self._issued_claims}
+        claims = {name: value for name, value in claims.items() if value}
+        if seconds is not None:
+            claims["exp"] = now + seconds
         return jwt.encode(claims, self._secret)
 
     def sign(self, image_id: str, sha256: str, expires: int) -> str:
@@ -659,6 +680,8 @@ class Tokens:
 # ------------------------------------------------------------------------------------- memory
 # Data by address: pieces as a file writes them, in any order; segments as they lie in the memory.
 
+MEMORY_SIZE = 1 << 32  # bytes: the addresses of Intel HEX have 32 bits
+
 
 class Extent(NamedTuple):
     """A run of data: its address, its size, and its offset in a file."""
@@ -672,105 +695,81 @@ def hex_address(address: int) -> str:
     return f"0x{address:08X}"
 
 
-def join_adjacent(pieces: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield (address, size) of the runs that pieces cover; they come in the order of addresses."""
-    begin = end = 0
-    for address, size in pieces:
-        if address > end:
-            if end > begin:
-                yield begin, end - begin
-            begin = address
-        end = max(end, address + size)
-    if end > begin:
-        yield begin, end - begin
-
-
 class Pieces:
     """Data that come in any order; where two are for one address, the later wins."""
 
     def __init__(self) -> None:
-        self._addresses, self._sizes = array.array("Q"), array.array("Q")
+        # In the order of the file. Arrays hold millions in a tenth of the memory of lists.
+        self._addresses, self.sizes = array.array("Q"), array.array("Q")
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self.sizes)
 
     def add(self, address: int, size: int) -> None:
         """Add the next data of the file; data that follow on directly lengthen the last piece."""
-        if self._sizes and self._addresses[-1] + self._sizes[-1] == address:
-            self._sizes[-1] += size
+        if self.sizes and self._addresses[-1] + self.sizes[-1] == address:
+            self.sizes[-1] += size
         elif size:
             self._addresses.append(address)
-            self._sizes.append(size)
+            self.sizes.append(size)
 
-    def written(self) -> int:
-        """Return the sum of all sizes; a byte that is written twice counts twice."""
-        return sum(self._sizes)
+    def by_address(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (address, size, offset) of the pieces in the order of addresses.
 
-    def segments(self) -> list[tuple[int, int]]:
-        """Return (address, size) of the runs that the pieces cover, in the order of addresses."""
-        return list(join_adjacent(self._sorted()))
+        The offset is that among all the data in the order of the file.
+        """
+        offsets = array.array("Q", itertools.accumulate(self.sizes, initial=0))
+        for number in sorted(range(len(self.sizes)), key=self._addresses.__getitem__):
+            yield self._addresses[number], self.sizes[number], offsets[number]
 
     def overlaps(self) -> Iterator[tuple[int, int]]:
-        """Yield (address, size) of the runs that are written more than once."""
-        return join_adjacent(self._covered_again())
-
-    def _covered_again(self) -> Iterator[tuple[int, int]]:
+        """Yield (address, size) of what is written more than once, in the order of addresses."""
         reached = 0
-        for address, size in self._sorted():
+        for address, size, _ in self.by_address():
             if address < reached:
                 yield address, min(address + size, reached) - address
             reached = max(reached, address + size)
 
-    def _sorted(self) -> Iterator[tuple[int, int]]:
-        return ((self._addresses[number], self._sizes[number]) for number in self._order())
-
     def is_in_order(self) -> bool:
         """Tell whether the file has the data in the order of addresses, and none twice."""
-        ends = map(operator.add, self._addresses, self._sizes)
+        ends = map(operator.add, self._addresses, self.sizes)
         return all(map(operator.le, ends, self._addresses[1:]))
 
     def extents(self) -> Iterator[Extent]:
-        """Yield where in the order of the file the data stand that come next in the memory.
+        """Yield the data in the order of addresses, each with its offset in the order of the file.
 
-        It walks through the addresses from one piece's begin to the next one's. Of the pieces that
-        have begun by then, the one that the file has last is what the memory holds in between.
+        It walks through the addresses, from where one piece begins to where the next one does. Of
+        the pieces that cover what lies between, the one that the file has last holds the data.
         """
-        offsets = array.array("Q", itertools.accumulate(self._sizes, initial=0))
-        order = self._order()
-        following = array.array("Q", (self._addresses[piece] for piece in order[1:]))
-        following.append(1 << 33)
-        # The pieces that have begun, a heap: as negative numbers, so that the last comes first.
-        covering: list[int] = []
-        for piece, until in zip(order, following):
-            heapq.heappush(covering, -piece)
-            at = self._addresses[piece]
+        # A heap of (-offset, begin, end): its first item is the piece that the file has last.
+        covering: list[tuple[int, int, int]] = []
+        pieces = itertools.chain(self.by_address(), [(MEMORY_SIZE, 0, 0)])
+        for (at, size, offset), (until, _, _) in itertools.pairwise(pieces):
+            heapq.heappush(covering, (-offset, at, at + size))
             while covering and at < until:
-                last = -covering[0]
-                begin = self._addresses[last]
-                end = min(begin + self._sizes[last], until)
+                minus_offset, begin, end = covering[0]
+                end = min(end, until)
                 if end > at:
-                    yield Extent(at, end - at, offsets[last] + at - begin)
+                    yield Extent(at, end - at, at - begin - minus_offset)
                     at = end
                 else:
                     heapq.heappop(covering)
-
-    def _order(self) -> list[int]:
-        """Return the numbers of the pieces in the order of their addresses."""
-        return sorted(range(len(self._addresses)), key=self._addresses.__getitem__)
 
 
 class Segments:
     """Runs of data in the order of addresses, which stand one after the other in a .bin file."""
 
-    def __init__(self, segments: Iterable[tuple[int, int]]) -> None:
-        """Take (address, size) of each."""
-        self.begins, self.ends, self.offsets = (array.array("Q") for _ in range(3))
-        offset = 0
-        for address, size in segments:
-            self.begins.append(address)
-            self.ends.append(address + size)
-            self.offsets.append(offset)
-            offset += size
+    def __init__(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Take (address, size) in the order of addresses; what touches or overlaps is joined."""
+        self.begins, self.ends = array.array("Q"), array.array("Q")
+        for address, size in runs:
+            if self.ends and address <= self.ends[-1]:
+                self.ends[-1] = max(self.ends[-1], address + size)
+            else:
+                self.begins.append(address)
+                self.ends.append(address + size)
+        sizes = map(operator.sub, self.ends, self.begins)
+        self.offsets = array.array("Q", itertools.accumulate(sizes, initial=0))
 
     def between(self, begin: int, end: int) -> Iterator[Extent]:
         """Yield the extents that lie between two addresses, cut off at both."""
@@ -783,31 +782,40 @@ class Segments:
 
 
 # ------------------------------------------------------------------------------------- Intel HEX
-# After Intel's Hexadecimal Object File Format Specification, revision A of 1988. Lines of one
-# length that follow one another are checked and taken together, a column of bytes at a time
-# (_take_run); all others, and those of a run that is not sound, one by one (_take_line).
+# After Intel's Hexadecimal Object File Format Specification, revision A of 1988. A record is a
+# line: a colon, then in hexadecimal digits its count of data bytes (1 byte), address (2, high byte
+# first), type (1), the data, and a checksum (1) that makes the sum of all its bytes 0 modulo 256:
+#
+#     :0400000001020304F2     the data 01 02 03 04 for address 0000
+#
+# Types: 00 data, 01 end of file, 02 and 04 the base that is added to the addresses that follow
+# (times 16, times 65536), 03 and 05 the start address of the program.
+#
+# HexReader takes a file in blocks. Runs of data records of one length, which is nearly all of a
+# file, are checked and taken at once (_take_data_records). All other lines, and runs in which
+# anything is strange, are taken one by one (_take_line), which also finds the line of a fault.
 
 # A file is read as Intel HEX where it begins with a colon or has a line that looks like a record.
 # The pattern finds a record in UTF-16 too, so that it can be refused with a sentence that says so.
 DETECTION_LIMIT = 64 * KIB
 FIRST_RECORD = re.compile(
-    rb"\A:|(?:\A(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?|[\r\n])\0?:\0?(?:[0-9A-Fa-f]\0?){10}"
+    rb"\A:|(?:\A|[\r\n])(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?\0?:\0?(?:[0-9A-Fa-f]\0?){10}"
 )
-UTF_16 = re.compile(rb"(?:\xff\xfe|\xfe\xff)?\0?:\0(?:[0-9A-Fa-f]\0){9}")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-BLANKS = b" \t"
+UTF_16 = re.compile(rb":\0(?:[0-9A-Fa-f]\0){9}")
+# A record is all of its line, but a byte order mark may stand before it, and text behind the one
+# that ends the file.
+RECORD = re.compile(
+    rb"(\xef\xbb\xbf)?(:00[0-9A-Fa-f]{4}01[0-9A-Fa-f]{2}(?![0-9A-Fa-f])|:.*)", re.DOTALL
+)
 NO_DIGIT = re.compile(b"[^0-9A-Fa-f]")
-END_RECORD = re.compile(rb":00[0-9A-Fa-f]{4}01[0-9A-Fa-f]{2}(?![0-9A-Fa-f])")
+BLANKS = b" \t"
 PAYLOAD_SIZE = {1: 0, 2: 2, 3: 4, 4: 2, 5: 4}  # bytes; the record types that have one fixed size
 LONGEST_RECORD = 3 + 1 + 2 * (255 + 5)  # characters, including a byte order mark
 MIN_RUN = 16  # records; fewer are read as fast one by one
 MAX_RUN_PAYLOAD = 250  # bytes: the sum of a record's bytes must fit 16 bits
 MAX_SEGMENTS = 1 << 18
 MAX_PIECES = 1 << 21  # as written, before they are joined; sorting so many takes 100 MiB
-TOO_SCATTERED = (
-    f"The data come in more separate pieces than can be checked: {MAX_SEGMENTS:,}, "
-    f"and {MAX_PIECES:,} as they are written, before they are joined"
-)
+TOO_SCATTERED = f"The data come in more separate pieces than can be checked: {MAX_SEGMENTS:,}"
 MAX_WARNINGS = 40
 
 
@@ -815,73 +823,38 @@ class HexFault(Exception):
     """The first fault of a file, or another reason why it cannot be taken as Intel HEX."""
 
 
-class Layout(NamedTuple):
-    """What an Intel HEX file says, apart from the data themselves."""
-
-    records: int
-    bytes: int  # of data as written: one that is written twice counts twice
-    start_address: int | None
-    segments: list[tuple[int, int]]  # address and size, adjacent ones joined
-    warnings: list[str]
-
-    def report(self) -> dict[str, Any]:
-        """Return the layout as clients see it."""
-        start = self.start_address
-        return {
-            **self._asdict(),
-            "start_address": None if start is None else hex_address(start),
-            "segments": [{"address": hex_address(at), "size": size} for at, size in self.segments],
-        }
-
-
 def looks_like_hex(begin: bytes) -> bool:
     """Tell whether a file whose first DETECTION_LIMIT bytes are given is meant as Intel HEX."""
     return FIRST_RECORD.search(begin) is not None
 
 
-def record_fault(line: bytes) -> str:
-    """Return what is wrong with a record: a character, its length or its checksum."""
-    strange = NO_DIGIT.search(line, 1)
-    if strange:
-        return f"character {strange.start() + 1} is no hexadecimal digit"
-    count = int(line[1:3] or b"0", 16)
-    digits = 2 * (count + 5)
-    if len(line) - 1 < digits:
-        return "record is cut off"
-    if len(line) - 1 > digits:
-        return f"record is longer than the {count} bytes that it announces"
-    *summed, found = binascii.unhexlify(line[1:])
-    return f"checksum is {found:02X}, should be {-sum(summed) & 0xFF:02X}"
-
-
 class HexReader:
     """Reads an Intel HEX file in blocks of any size.
 
-    feed() and finish() return the data in the order of the file. They and layout() raise HexFault.
+    feed() and finish() return the data in the order of the file; `pieces` tells where they belong.
+    They and report() raise HexFault.
     """
 
     def __init__(self) -> None:
+        self.pieces = Pieces()
         self._rest = b""  # the beginning of a line whose end has not come yet
-        self._line = self._records = 0
-        self._ended = False
-        # Addresses wrap at 4 GiB; under a base of type 02 they wrap 64 KiB above that base.
-        self._base, self._wrap_to, self._limit = 0, 0, 1 << 32
-        self._linear_base = 0  # what the last record of type 04 has set
+        self._line = self._records = 0  # how many have been taken
+        self._ended = False  # whether the end-of-file record has been taken
+        # The last base, and the address at which a record wraps round and to which. Under a base
+        # of type 02 that is 64 KiB above it and the base itself, under one of type 04 4 GiB and 0.
+        self._base, self._wraps_from, self._wraps_to = 0, MEMORY_SIZE, 0
         self._start_address: int | None = None
-        self.pieces = Pieces()  # in the order of the file
-        self._other_types: dict[int, str] = {}  # unknown record types, each with its warning
-        self._noted: set[str] = set()  # the places where text has been warned of
-        self._warnings: list[str] = []
-        self._warned = 0
+        self._has_other_types = False
+        self._warnings: dict[str, str] = {}  # by kind where the first of a kind is enough
 
     def feed(self, block: bytes) -> bytes:
         """Take the next bytes of the file; return the data of the lines that end in them."""
         text = self._rest + block
         # A CR at the very end may be the first half of CR LF.
         end = max(text.rfind(b"\n"), text.rfind(b"\r", 0, len(text) - 1)) + 1
-        rest = text[end:]
-        # Of a line that is longer than any record, it only matters whether it is blank.
-        begin, more = rest[: LONGEST_RECORD + 1], rest[LONGEST_RECORD + 1 :]
+        # Of a line that is longer than any record it only matters whether it is blank, so that a
+        # file without line ends takes no memory. A last CR stays, since it may be the line's end.
+        begin, more = text[end : end + LONGEST_RECORD + 1], text[end + LONGEST_RECORD + 1 :]
         self._rest = begin + more[:-1].strip(BLANKS)[:1] + more[-1:]
         return self._take(text[:end].splitlines())
 
@@ -892,52 +865,53 @@ class HexReader:
             raise self._fault("no end-of-file record")
         return data
 
-    def layout(self) -> Layout:
-        """Return what the file says; to be called once, after finish()."""
-        segments = self.pieces.segments()
-        if len(segments) > MAX_SEGMENTS:
+    def report(self) -> dict[str, Any]:
+        """Return the layout of the file as clients see it; to be called once, after finish()."""
+        segments = Segments((address, size) for address, size, _ in self.pieces.by_address())
+        if len(segments.ends) > MAX_SEGMENTS:
             raise HexFault(TOO_SCATTERED)
-        for address, size in self.pieces.overlaps():
+        for address, size, _ in Segments(self.pieces.overlaps()).between(0, MEMORY_SIZE):
             where = hex_address(address)
             self._warn(f"{size} bytes at {where} are written more than once: the last wins")
-        more = self._warned - MAX_WARNINGS
-        warnings = [*self._other_types.values(), *self._warnings]
-        warnings += [f"There are {more} more warnings"] * (more > 0)
-        written = self.pieces.written()
-        return Layout(self._records, written, self._start_address, segments, warnings)
+        start = self._start_address
+        return {
+            "records": self._records,
+            "bytes": sum(self.pieces.sizes),  # what is written twice counts twice
+            "start_address": None if start is None else hex_address(start),
+            "segments": [
+                {"address": hex_address(address), "size": size}
+                for address, size, _ in segments.between(0, MEMORY_SIZE)
+            ],
+            "warnings": list(self._warnings.values()),
+        }
 
     def has_raw_bytes(self) -> bool:
         """Tell whether the data are all that is to be flashed, and there are some."""
-        return len(self.pieces) > 0 and not self._other_types
+        return len(self.pieces) > 0 and not self._has_other_types
 
     def _take(self, lines: list[bytes]) -> bytes:
-        runs = itertools.groupby(lines, len)
-        return b"".join([self._take_run(list(run)) for _, run in runs])
-
-    def _take_run(self, lines: list[bytes]) -> bytes:
-        """Take lines of one length; return their data."""
-        if len(lines) < MIN_RUN:
-            return b"".join(map(self._take_line, lines))
-        data = self._take_data_records(lines)
-        if data is None:  # so the line that is different is found by halves
-            half = len(lines) // 2
-            return self._take_run(lines[:half]) + self._take_run(lines[half:])
-        return data
+        """Take whole lines, without their ends; return the data of their records."""
+        data: list[bytes] = []
+        for _, group in itertools.groupby(lines, len):
+            run = list(group)
+            taken = self._take_data_records(run) if len(run) >= MIN_RUN else None
+            data += map(self._take_line, run) if taken is None else [taken]
+        if len(self.pieces) > MAX_PIECES:
+            raise HexFault(TOO_SCATTERED)
+        return b"".join(data)
 
     def _take_data_records(self, lines: list[bytes]) -> bytes | None:
-        """Take sound data records of one length; None where one of them needs a closer look.
+        """Take lines of one length and return their data, if all are sound data records.
 
-        Python is slow at single bytes and fast at long slices. So the lines are decoded in one go,
-        and then looked at by columns: raw[0::width] is the first byte of every record, its count.
-        Added up as columns, every record's bytes must give a sum whose low byte is 0.
+        Otherwise return None, with nothing taken. Python is slow at single bytes and fast at long
+        slices. So the lines are decoded in one go, and then looked at by columns: raw[0::width] is
+        the first byte of every record, its count.
         """
         count, length = len(lines), len(lines[0])
         width = length // 2  # bytes of a record
-        size = width - 5
-        if self._ended or not length % 2 or not 0 < size <= MAX_RUN_PAYLOAD:
-            return None
+        size = width - 5  # bytes of its data
         text = b"".join(lines)
-        if text[::length] != b":" * count:
+        if self._ended or not 0 < size <= MAX_RUN_PAYLOAD or text[::length] != b":" * count:
             return None
         try:
             raw = binascii.unhexlify(text.replace(b":", b""))
@@ -945,10 +919,11 @@ class HexReader:
             return None
         if len(raw) != width * count or raw[::width] != bytes([size]) * count or any(raw[3::width]):
             return None
+        # A column as one long number, 16 bits for each of its bytes: added up, the columns give the
+        # sum of every record at once. By the checksum its low byte must be 0.
         data, lanes, sums = bytearray(size * count), bytearray(2 * count), 0
         for column in range(width):
             values = raw[column::width]
-            # A column as one long number, 16 bits for each byte: so all records add up at once.
             lanes[::2] = values
             sums += int.from_bytes(lanes, "little")
             if 4 <= column < width - 1:
@@ -956,19 +931,14 @@ class HexReader:
         if any(sums.to_bytes(2 * count, "little")[::2]):
             return None
         lanes[::2], lanes[1::2] = raw[1::width], raw[2::width]
-        addresses = array.array("H", bytes(lanes))
-        if sys.byteorder == "little":
-            addresses.byteswap()
-        begin, end = addresses[0], addresses[0] + size * count
-        room = self._limit - self._base - size
-        if room < 0xFFFF and max(addresses) > room:  # one of them wraps round
-            return None
+        addresses = struct.unpack(f">{count}H", lanes)
+        first, total = addresses[0], size * count
         # Most files go on from record to record, so that all of these are one piece.
-        if end <= 1 << 16 and addresses == array.array("H", range(begin, end, size)):
-            self._add_piece(self._base + begin, size * count)
+        if addresses == tuple(range(first, first + total, size)):
+            self.pieces.add(self._base + first, total)
         else:
             for address in addresses:
-                self._add_piece(self._base + address, size)
+                self._add_data(self._base + address, size)
         self._line += count
         self._records += count
         return bytes(data)
@@ -976,22 +946,20 @@ class HexReader:
     def _take_line(self, line: bytes) -> bytes:
         """Take a line of any kind; return the data of its record."""
         self._line += 1
-        if self._line == 1 and line.startswith(BYTE_ORDER_MARK):
-            self._take_text(BYTE_ORDER_MARK)
-            line = line.removeprefix(BYTE_ORDER_MARK)
-        if not self._records and UTF_16.match(line):
+        if not self._records and UTF_16.search(line):
             raise self._fault("the file is UTF-16: save it as plain text, ASCII or UTF-8")
-        if self._ended or not line.startswith(b":"):
+        match = None if self._ended else RECORD.match(line)
+        if not match:
             self._take_text(line)
             return b""
-        end = END_RECORD.match(line)
-        data = self._take_record(end[0] if end else line)
-        if end:
-            self._take_text(line[end.end() :])
+        byte_order_mark, record = match.groups(b"")
+        self._take_text(byte_order_mark)
+        data = self._take_record(record)
+        self._take_text(line[match.end() :])
         return data
 
     def _take_text(self, text: bytes) -> None:
-        """Take text that is no record; raise HexFault where none may stand unless it is blank."""
+        """Take text that is no record: blank, or else before the first or behind the last one."""
         if self._ended and text.startswith(b":"):
             raise self._fault("a second file begins here")
         if not text.strip(BLANKS):
@@ -999,23 +967,24 @@ class HexReader:
         if self._records and not self._ended:
             raise self._fault("does not begin with a colon")
         where = "behind the end-of-file" if self._ended else "before the first"
-        if where not in self._noted:
-            self._noted.add(where)
-            self._warn(f"Line {self._line}: what stands {where} record is not flashed")
-
-    def _warn(self, sentence: str) -> None:
-        self._warned += 1
-        if self._warned <= MAX_WARNINGS:
-            self._warnings.append(sentence)
+        self._warn(f"Line {self._line}: what stands {where} record is not flashed", where)
 
     def _take_record(self, line: bytes) -> bytes:
-        try:
-            record = binascii.unhexlify(line[1:])
-        except ValueError:
-            record = b""
-        if not record or len(record) != record[0] + 5 or sum(record) & 0xFF:
-            raise self._fault(record_fault(line))
-        count, kind, payload = record[0], record[3], record[4:-1]
+        """Take a line that begins with a colon; return its data."""
+        strange = NO_DIGIT.search(line, 1)
+        if strange:
+            raise self._fault(f"character {strange.start() + 1} is no hexadecimal digit")
+        count = int(line[1:3] or b"0", 16)
+        excess = len(line) - 1 - 2 * (count + 5)
+        if excess < 0:
+            raise self._fault("record is cut off")
+        if excess > 0:
+            raise self._fault(f"record is longer than the {count} bytes that it announces")
+        record = binascii.unhexlify(line[1:])
+        if sum(record) & 0xFF:
+            wanted = -sum(record[:-1]) & 0xFF
+            raise self._fault(f"checksum is {record[-1]:02X}, should be {wanted:02X}")
+        kind, payload = record[3], record[4:-1]
         if count != PAYLOAD_SIZE.get(kind, count):
             raise self._fault(f"type {kind:02X} has {count} bytes, not {PAYLOAD_SIZE[kind]}")
         self._records += 1
@@ -1025,37 +994,19 @@ class HexReader:
         self._add_data(self._base + int.from_bytes(record[1:3], "big"), count)
         return payload
 
-    def _fault(self, reason: str) -> HexFault:
-        return HexFault(f"Corrupt Intel HEX: line {max(self._line, 1)}: {reason}")
-
-    def _add_data(self, address: int, size: int) -> None:
-        room = self._limit - address
-        if size > room:
-            self._add_piece(address, room)
-            address, size = self._wrap_to, size - room
-            begin, wrapped = hex_address(self._limit - room), hex_address(address)
-            self._warn(f"The record at {begin} wraps round to {wrapped}")
-        self._add_piece(address, size)
-
-    def _add_piece(self, address: int, size: int) -> None:
-        self.pieces.add(address, size)
-        if len(self.pieces) > MAX_PIECES:
-            raise HexFault(TOO_SCATTERED)
-
     def _apply_control_record(self, kind: int, value: int) -> None:
         """Apply a record of another type than data."""
         if kind == 1:
             self._ended = True
         elif kind == 2:
-            if self._linear_base:
-                linear, segment = hex_address(self._linear_base), hex_address(value << 4)
+            if self._base and self._wraps_from == MEMORY_SIZE:  # a base of type 04
+                linear, segment = hex_address(self._base), hex_address(value << 4)
                 reason = f"base {segment} of type 02 comes after {linear} of type 04"
                 self._warn(f"Line {self._line}: {reason}; some programs add the two")
-            self._base = self._wrap_to = value << 4
-            self._limit = self._base + (1 << 16)
+            self._base = self._wraps_to = value << 4
+            self._wraps_from = self._base + 64 * KIB
         elif kind == 4:
-            self._base = self._linear_base = value << 16
-            self._wrap_to, self._limit = 0, 1 << 32
+            self._base, self._wraps_from, self._wraps_to = value << 16, MEMORY_SIZE, 0
         elif kind in (3, 5):
             # A record of type 03 gives the registers CS and IP of an 8086.
             start = value if kind == 5 else (value >> 16 << 4) + (value & 0xFFFF)
@@ -1064,10 +1015,30 @@ class HexReader:
                 reason = f"start address {hex_address(start)} comes after {hex_address(last)}"
                 self._warn(f"Line {self._line}: {reason}; the last one counts")
             self._start_address = start
-        elif kind not in self._other_types:
+        else:
+            self._has_other_types = True
             reason = f"what records of type {kind:02X} hold is unknown"
-            warning = f"Line {self._line}: {reason}, so that there are no raw bytes"
-            self._other_types[kind] = warning
+            self._warn(f"Line {self._line}: {reason}, so that there are no raw bytes", reason)
+
+    def _add_data(self, address: int, size: int) -> None:
+        """Add the data of a record, in two pieces where they wrap round."""
+        room = self._wraps_from - address
+        if size > room:
+            begin, end = hex_address(address), hex_address(self._wraps_to)
+            self._warn(f"The record at {begin} wraps round to {end}")
+            self.pieces.add(address, room)
+            address, size = self._wraps_to, size - room
+        self.pieces.add(address, size)
+
+    def _warn(self, sentence: str, kind: str = "") -> None:
+        """Add a warning: of a kind that is named only the first, of others MAX_WARNINGS at most."""
+        if kind or len(self._warnings) < MAX_WARNINGS:
+            self._warnings.setdefault(kind or sentence, sentence)
+        else:
+            self._warnings["more"] = "There are more warnings like these"
+
+    def _fault(self, reason: str) -> HexFault:
+        return HexFault(f"Corrupt Intel HEX: line {self._line}: {reason}")
 
 
 # ------------------------------------------------------------------------------------- catalogue
@@ -1723,8 +1694,8 @@ class Upload:
         if len(self._unread) >= DETECTION_LIMIT:
             self._read()
 
-    def _read(self, at_end: bool = False) -> Layout | None:
-        """Read what is unread, if it is Intel HEX; return the layout of a sound file at its end."""
+    def _read(self, at_end: bool = False) -> dict[str, Any] | None:
+        """Read what is unread, if it is Intel HEX; return the report of a sound file at its end."""
         block, self._unread = self._unread, b""
         if len(block) == self._size:  # the beginning of the file, which tells its kind
             self._is_hex = looks_like_hex(block[:DETECTION_LIMIT])
@@ -1737,7 +1708,7 @@ class Upload:
             if not at_end:
                 return None
             self._store(".bin", self._reader.finish())
-            return self._reader.layout()
+            return self._reader.report()
         except HexFault as fault:
             if self._check:
                 raise BadRequest(f"{fault}; ?validate=false stores it unchecked") from fault
@@ -1748,7 +1719,7 @@ class Upload:
         """Bring all of it to the disk; return what it is. Raises what write() does."""
         layout, raw_size = self._read(at_end=True), None
         if layout and self._reader.has_raw_bytes():
-            raw_size = sum(size for _, size in layout.segments)
+            raw_size = sum(segment["size"] for segment in layout["segments"])
             if not self._reader.pieces.is_in_order():
                 self._put_in_order()
         else:
@@ -1757,7 +1728,7 @@ class Upload:
             file.flush()
             sync(file.fileno())
             file.close()
-        report = json.dumps(layout.report()) if layout else None
+        report = json.dumps(layout) if layout else None
         # The catalogue writes the report to its log, and later to its table.
         require_space(self._folder, 3 * len(report or ""))
         return Binary(self._size, self._hash.hexdigest(), report, raw_size)
