@@ -934,7 +934,8 @@ class HexReader:
         addresses = struct.unpack(f">{count}H", lanes)
         first, total = addresses[0], size * count
         # Most files go on from record to record, so that all of these are one piece.
-        if addresses == tuple(range(first, first + total, size)):
+        fits = self._base + first + total <= self._wraps_from
+        if fits and addresses == tuple(range(first, first + total, size)):
             self.pieces.add(self._base + first, total)
         else:
             for address in addresses:
@@ -3119,7 +3120,8 @@ class AccessLog:
 
     def _open(self) -> io.FileIO:
         # Without a buffer a line is one write, so that those of several processes do not mix.
-        return open(self._path, "ab", buffering=0, closefd=self._path != 1)
+        private = functools.partial(os.open, mode=0o640)
+        return open(self._path, "ab", buffering=0, closefd=self._path != 1, opener=private)
 
     def reopen(self) -> None:
         """Open the file anew, as when logrotate has moved it away; raises OSError."""
@@ -3140,7 +3142,8 @@ class AccessLog:
             f"{quoted(request or '-')} {status} {size or '-'} {quoted(referrer)} "
             f"{quoted(environ.get('HTTP_USER_AGENT', '-'))}\n"
         )
-        with contextlib.suppress(OSError):  # a full disk must not stop the answers
+        # A full disk must not stop the answers, nor a signal that has just had the file reopened.
+        with contextlib.suppress(OSError, ValueError):
             if has_room(self._file.fileno()):
                 self._file.write(line.encode())
 
@@ -3169,7 +3172,7 @@ class StandardError(logging.Handler):
 
 # The parameter that makes a link work: any letter of its name may come percent-encoded.
 SIGNATURE = re.compile(
-    "[?&]" + "".join(f"(?:{letter}|%{ord(letter):x})" for letter in "signature") + "=[^&# ]*",
+    "([?&])" + "".join(f"(?:{letter}|%{ord(letter):x})" for letter in "signature") + "=[^&# ]*&?",
     re.IGNORECASE,
 )
 PORT = re.compile(r"\A([0-9.]+):[0-9]+\Z|\A\[(.*)\](?::[0-9]+)?\Z")  # which some proxies add
@@ -3177,7 +3180,7 @@ PORT = re.compile(r"\A([0-9.]+):[0-9]+\Z|\A\[(.*)\](?::[0-9]+)?\Z")  # which som
 
 def quoted(text: str) -> str:
     """Return a text in quotes, escaped, and without what makes a link work."""
-    text = SIGNATURE.sub("", text).replace("\\", "\\\\").replace('"', '\\"')
+    text = SIGNATURE.sub(r"\1", text).replace("\\", "\\\\").replace('"', '\\"')
     return '"' + re.sub("[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text) + '"'
 
 
@@ -3200,7 +3203,7 @@ def client_address(peer: str, forwarded: str, trusted: tuple[Network, ...]) -> s
     client = peer
     for hop in [peer, *reversed(forwarded.split(","))]:
         try:
-            address = ipaddress.ip_address(PORT.sub(r"\1\2", hop.strip()))
+            address = ipaddress.ip_address(PORT.sub(r"\1\2", hop.strip().removeprefix("::ffff:")))
         except ValueError:  # a proxy may write "unknown"
             break
         client = str(address)
@@ -3751,8 +3754,9 @@ def block_signals(settings: Settings) -> Signals:
     """Hold back the signals that a service heeds, until it is ready for them; return which."""
     signals: Signals = {signal.SIGTERM: False, signal.SIGINT: False}
     hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup has it ignored
-        signals[hangup] = settings.access_log not in ("", "-")
+    reopens = settings.access_log not in ("", "-")
+    if hangup and (reopens or signal.getsignal(hangup) != signal.SIG_IGN):  # as nohup has it
+        signals[hangup] = reopens
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     return signals
@@ -3768,7 +3772,7 @@ def serve_here(application: Application, listener: socket.socket, signals: Signa
                 server.access_log.reopen()
         elif number == signal.SIGINT and server.stopping:
             os._exit(130)
-        else:
+        elif not server.stopping:
             server.stop(GRACE)
             end = threading.Timer(GRACE + 1, os._exit, (0,))  # whatever a thread is still at
             end.daemon = True
@@ -3789,7 +3793,7 @@ def supervise(application: Application, listener: socket.socket, signals: Signal
     Signals stay blocked here and are taken one by one: a handler could run amid a fork, before the
     worker is known, which would miss the signal, or in the worker, which would pass it on.
     """
-    workers: set[int] = set()
+    workers: dict[int, float] = {}  # when each began
     stopping = False
     signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler some systems drop it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
@@ -3800,15 +3804,15 @@ def supervise(application: Application, listener: socket.socket, signals: Signal
             if not pid:
                 os.close(writer)
                 work(application, listener, signals, reader)
-            workers.add(pid)
+            workers[pid] = time.monotonic()
         number = signal.sigwait([*signals, signal.SIGCHLD])
         if number == signal.SIGCHLD:
-            # By their ids: a script that has become this program may have left other children.
-            for pid, status in [os.waitpid(worker, os.WNOHANG) for worker in workers]:
-                workers.discard(pid)
-                if pid and not stopping:
+            for pid, status in ended_children():
+                began = workers.pop(pid, None)
+                if began and not stopping:
                     log.error("worker %s ended with status %s: another follows", pid, status)
-                    time.sleep(1)  # those that fail at once must not keep the machine busy
+                    # Those that fail at once must not keep the machine busy.
+                    time.sleep(max(0, began + 1 - time.monotonic()))
             continue
         if number == signal.SIGINT and stopping:
             number = signal.SIGKILL
@@ -3819,6 +3823,16 @@ def supervise(application: Application, listener: socket.socket, signals: Signal
             os.kill(pid, number)
         if number == signal.SIGKILL:
             os._exit(130)
+
+
+def ended_children() -> Iterator[tuple[int, int]]:
+    """Yield process and status of each child that has ended.
+
+    Some may be no workers: those of a script that has become this program, or of a container.
+    """
+    with contextlib.suppress(ChildProcessError):
+        while (child := os.waitpid(-1, os.WNOHANG))[0]:
+            yield child
 
 
 def work(application: Application, listener: socket.socket, signals: Signals, reader: int) -> None:
@@ -3890,7 +3904,7 @@ def fault_of(image: Image, binaries: BinaryStore, copies: BinaryStore | None = N
             if copies:
                 with contextlib.suppress(FileNotFoundError):  # it is missed below
                     copy_file(binaries.path(image.id, suffix), copies.path(image.id, suffix))
-        scratch = binaries.uploads if os.access(binaries.uploads, os.W_OK) else None
+        scratch = checked.uploads if os.access(checked.uploads, os.W_OK) else None
         with (
             checked.open(image.id, ".hex", image.size) as file,
             tempfile.TemporaryFile(buffering=0, dir=scratch) as data,
@@ -4128,6 +4142,7 @@ const address = number => "0x" + hex(number, 8);
 const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 const TIME = new Intl.DateTimeFormat(undefined, {dateStyle: "medium", timeStyle: "medium"});
 const time = text => TIME.format(new Date(text));
+const quoted = text => "'" + text.replace(/'/g, "'\\''") + "'";  // for a shell
 const title = image => plain(`${image.label} ${image.fw_version}`);
 
 function size(bytes) {
@@ -4228,7 +4243,7 @@ async function go(news = "") {  // until the answer comes, what is shown stays
   }, {image: null, link: null, dump: null, goTo: ""});
   if (!shown || !state.image) return;
   scrollTo(0, 0);
-  document.querySelector("h2").focus();
+  document.getElementById("title").focus();
   if (hasBytes(state.image)) await attempt("dump", () => readDump(state.image, 0));
 }
 
@@ -4243,7 +4258,8 @@ function names() {  // as the file's name suggests, where a person has typed not
   const stem = (state.file?.name || "").replace(/\.[A-Za-z]\w{0,4}$/, "");
   const [, label, version] =
     /^(.+?)[-_ ]v?(\d+(?:\.\d+)+(?:[-+][\w.+-]*)?)$/i.exec(stem) || [null, stem, ""];
-  return {label: label.slice(0, 128), fw_version: version.slice(0, 128), ...state.typed};
+  const cut = text => [...text].slice(0, 128).join("");  // as the server counts
+  return {label: cut(label), fw_version: cut(version), ...state.typed};
 }
 
 // It keeps what it began with: meanwhile one may go on, or forget the token.
@@ -4262,7 +4278,7 @@ async function upload(query = "") {
       {token, file, signal: stopper.signal, onprogress: event => showProgress(event.loaded)});
   } catch (error) {
     const [, line] = /\bline (\d+)/.exec(error.message) || [];
-    if (line) error.line = await lineOf(file, Number(line));
+    if (line) error.line = await lineOf(file, Number(line)).catch(() => "");
     if (id && !image) await ask("DELETE", `/image/${id}`, {token}).catch(() => {
       error.message += `. Image ${id} was left without a binary`;
     });
@@ -4586,8 +4602,8 @@ function downloadView(image) {
 
 function linkView({label, fw_version}, {url, expires}) {
   const name = `${label}-${fw_version}`.replace(/[^A-Za-z0-9._+-]+/g, "_").slice(0, 100);
-  const lines = [["Link", url], ["With curl", `curl -f --retry 5 -o '${name}.hex' '${url}'`],
-    ["With wget", `wget -O '${name}.hex' '${url}'`]];
+  const lines = [["Link", url], ["With curl", `curl -f --retry 5 -o '${name}.hex' ${quoted(url)}`],
+    ["With wget", `wget -O '${name}.hex' ${quoted(url)}`]];
   return element("div", {id: "links"},
     element("p", {class: "quiet"}, `Whoever has this link can download until ${time(expires)}.`),
     lines.map(([title, text]) => element("div", {class: "row"},
@@ -4848,7 +4864,12 @@ def command_line() -> CommandLine:
     add = options["token"].add_argument
     add("--service", default="admin", help="tenant that it is for (default: admin)")
     add("--scope", type=parse_scope, default=[], help="such as read,write (default: all)")
-    add("--expires", type=parse_lifetime, default="30d", help="12h, 7d, never (default: 30d)")
+    add(
+        "--expires",
+        type=parse_lifetime,
+        default="30d",
+        help="90s, 15m, 12h, 7d, never (default: 30d)",
+    )
     options["token"].add_setting("jwt_audience", "--audience")
     options["token"].add_setting("jwt_issuer", "--issuer")
     options["backup"].add_argument("destination", type=Path, help="folder, new or empty")
@@ -4869,9 +4890,12 @@ def main(arguments: list[str] | None = None) -> int:
         given = command_line().parse_args(words, argparse.Namespace(**defaults))
         values = {name: value for name, value in vars(given).items() if name in FIELDS}
         return int(given.handler(Settings(**values), given))
-    except (CannotStart, ServiceError, OSError) as error:
+    except (CannotStart, ServiceError) as error:
         cause = f" ({error.__cause__})" if isinstance(error, ServiceError) else ""
         say(f"image manager: {error}{cause}")
+        return 2
+    except OSError as error:
+        say(f"image manager: {error.filename or 'the system'}: {error.strerror}")
         return 2
     except KeyboardInterrupt:
         return 130  # as shells have it for what was interrupted
