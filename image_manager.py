@@ -1846,6 +1846,7 @@ HTTP_DATE = re.compile(
     r"|\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d \d{4}",
     re.ASCII,
 )
+BYTE_RANGE = re.compile("bytes= *([0-9]*)-([0-9]*) *", re.IGNORECASE)
 JSON_WANTED = "Payload must be valid JSON, and Content-Type set accordingly"
 FORM_WANTED = "Payload must be valid multipart/form-data"
 LARGEST_WINDOW = 256 * MIB
@@ -1972,10 +1973,10 @@ class Request(HTTPRequestParser):
         return environ
 
     def receive(self, received: bytearray, limit: int, folder: Path) -> Iterator[bool]:
-        """Move the body from what is received to a spool, which above JSON_LIMIT is a file.
+        """Move the body, of at most `limit` bytes, from what is received to a spool.
 
-        Yields True where more must come, False where others may have their turn; raises BadRequest,
-        TooLarge, StorageFull.
+        The spool is in memory up to JSON_LIMIT, then a file. Yields True where more must come,
+        False where others may have their turn; raises BadRequest, TooLarge, StorageFull.
         """
         self._limit, self._folder = limit, folder
         self._size = self._lines = self._overhead = 0
@@ -2004,10 +2005,13 @@ class Request(HTTPRequestParser):
             pass
 
     def _line(self, received: bytearray) -> Generator[bool, None, bytes]:
+        """Return the next line of what frames the chunks, without its CR LF."""
         while (end := received.find(b"\n") + 1) == 0 and len(received) <= CHUNK_LINE_LIMIT:
             yield True
         line = bytes(received[:end])
         del received[:end]
+        # A chunk of one byte has five bytes of framing. What goes far beyond that are extensions
+        # and trailers: nobody reads them, and they count for no limit of the body's size.
         self._lines, self._overhead = self._lines + 1, self._overhead + end
         if self._overhead > 8 * self._size + MIB:
             raise TooLarge(self._limit)
@@ -2018,6 +2022,7 @@ class Request(HTTPRequestParser):
         return line[:-2]
 
     def _store(self, received: bytearray, size: int) -> Iterator[bool]:
+        """Move `size` bytes to the spool."""
         while size:
             if not received:
                 yield True
@@ -2026,7 +2031,7 @@ class Request(HTTPRequestParser):
             self._size += count
             if self._size > self._limit:
                 raise TooLarge(self._limit)
-            # Bodies that fit one by one may fill the disk together: so look now and then.
+            # Bodies that fit one by one may fill the disk together: so look every 64 KiB.
             if self._size // JSON_LIMIT > (self._size - count) // JSON_LIMIT:
                 require_space(self._folder, count)
             with memoryview(received)[:count] as block:
@@ -2061,13 +2066,11 @@ class Answer(NamedTuple):
         cls, status: str, headers: Headers, body: bytes | Excerpt, version: str, keep: bool
     ) -> Answer:
         """Make an answer from the status and headers that an application gives."""
-        lines = [f"HTTP/{version} {status}", *(f"{name}: {value}" for name, value in headers)]
-        lines.append(f"Date: {format_http_date(int(time.time()))}")
-        if not keep:
-            lines.append("Connection: close")
-        elif version == "1.0":
-            lines.append("Connection: Keep-Alive")
-        return cls(int(status[:3]), "\r\n".join([*lines, "", ""]).encode("latin-1"), body, keep)
+        headers = [*headers, ("Date", format_http_date(int(time.time())))]
+        if not keep or version == "1.0":
+            headers.append(("Connection", "Keep-Alive" if keep else "close"))
+        lines = [f"HTTP/{version} {status}", *map(": ".join, headers), "", ""]
+        return cls(int(status[:3]), "\r\n".join(lines).encode("latin-1"), body, keep)
 
 
 class Validators(NamedTuple):
@@ -2078,14 +2081,15 @@ class Validators(NamedTuple):
 
 
 def http_date(environ: Mapping[str, str], name: str) -> float | None:
-    """Return the time in a header, None if there is none or it is no date: RFC 9110, 5.6.7."""
-    if not HTTP_DATE.fullmatch(environ.get(name, "").strip()):
-        return None
-    try:
-        moment = email.utils.parsedate_to_datetime(environ[name])
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None
-    return moment.replace(tzinfo=timezone.utc).timestamp()
+    """Return the time in a header in seconds since the epoch, None where it holds no date.
+
+    Only the three forms of RFC 9110, 5.6.7 are dates, while email.utils takes others as well.
+    """
+    if HTTP_DATE.fullmatch(environ.get(name, "").strip()):
+        with contextlib.suppress(ValueError):  # there is no 41 December
+            moment = email.utils.parsedate_to_datetime(environ[name])
+            return moment.replace(tzinfo=timezone.utc).timestamp()
+    return None
 
 
 @functools.lru_cache(maxsize=4)
@@ -2144,23 +2148,21 @@ def requested_range(environ: Mapping[str, str], current: Validators, size: int) 
     if_range = environ.get("HTTP_IF_RANGE", current.etag).strip()
     if if_range != current.etag and http_date(environ, "HTTP_IF_RANGE") != current.modified:
         return None
-    header = environ.get("HTTP_RANGE", "") if size else ""
-    match = re.fullmatch("bytes= *([0-9]*)-([0-9]*) *", header, re.IGNORECASE)
-    if not match or match[1] == match[2] == "":
+    match = BYTE_RANGE.fullmatch(environ.get("HTTP_RANGE", ""))
+    if not match or match[1] == match[2] == "" or not size:
         return None
-    # 19 digits are past the end of any file, and int() raises above 4,300.
-    ends = [int(text.lstrip("0")[:19] or 0) if text else None for text in match.groups()]
-    first, last = ends
-    if first is None:
-        asked = range(max(size - (last or 0), 0), size)
-    elif last is not None and last < first:
+    # 19 digits are past the end of any file, and int() raises ValueError above 4,300.
+    first, last = (int(digits.lstrip("0")[:19] or "0") for digits in match.groups())
+    if not match[1]:  # "-500" asks for the last 500 bytes
+        first, last = max(size - last, 0), size - 1
+    elif not match[2]:
+        last = size - 1
+    elif last < first:
         return None
-    else:
-        asked = range(first, size if last is None else min(last + 1, size))
-    if not asked:
+    if first >= size:
         where = {"Content-Range": f"bytes */{size}"}
         raise ServiceError(f"The range lies outside the {size} bytes", where, 416)
-    return asked
+    return range(first, min(last + 1, size))
 
 
 def parse_query(environ: Mapping[str, Any]) -> dict[str, str]:
@@ -2183,25 +2185,26 @@ def parse_query(environ: Mapping[str, Any]) -> dict[str, str]:
 
 def parse_number(text: str, low: int, high: int, form: str = "[0-9]{1,18}") -> int:
     """Return the number in a query's value; raises BadRequest unless it lies in low to high."""
-    if not re.fullmatch(form, text):
-        raise BadRequest
-    value = int(text, 16 if "x" in text.lower() else 10)
-    if not low <= value <= high:
-        raise BadRequest
-    return value
+    if re.fullmatch(form, text):
+        value = int(text, 16 if "x" in text.lower() else 10)
+        if low <= value <= high:
+            return value
+    raise BadRequest
 
 
-def parse_window(query: Mapping[str, str]) -> tuple[tuple[int | None, int | None], int]:
-    """Return start and end, None where not given, and fill of a window; raises BadRequest."""
-    if query.get("format") != "bin":
-        raise BadRequest
+def parse_window(query: Mapping[str, str]) -> tuple[int | None, int | None, int]:
+    """Return the start and end of a window, None where not given, and its fill.
+
+    Raises BadRequest.
+    """
     start, end = (
         parse_number(query[name], 0, 1 << 32, ADDRESS) if name in query else None
         for name in ("start", "end")
     )
-    if start is not None and end is not None and start >= end:
+    empty = start is not None and end is not None and start >= end
+    if empty or query.get("format") != "bin":
         raise BadRequest
-    return (start, end), parse_number(query.get("fill", "255"), 0, 0xFF, BYTE)
+    return start, end, parse_number(query.get("fill", "255"), 0, 0xFF, BYTE)
 
 
 def place_window(segments: Segments, start: int | None, end: int | None) -> tuple[int, int]:
@@ -2213,7 +2216,8 @@ def place_window(segments: Segments, start: int | None, end: int | None) -> tupl
     pairs = zip(segments.begins[:10], segments.ends)
     where = [f"{hex_address(begin)} to {hex_address(end)}" for begin, end in pairs]
     more = len(segments.ends) - len(where)
-    where += [f"{more} more places"] * (more > 0)
+    if more:
+        where.append(f"{more} more places")
     raise Unprocessable(
         f"A window has at most {LARGEST_WINDOW} bytes, and some of the data in it. "
         f"Choose it with start and end; the data are at {', '.join(where)}"
@@ -2228,23 +2232,20 @@ def body_blocks(environ: Mapping[str, Any]) -> Iterator[bytes]:
         raise BadRequest("This server takes no chunked body: send it with Content-Length")
     if not re.fullmatch("[0-9]{0,18}", length):
         raise BadRequest("Content-Length takes a number")
-    left = 1 << 62 if chunked else int(length or 0)
-    while left:
-        block = stream.read(min(BLOCK, left))
-        if not block and not chunked:
-            raise BadRequest("The body ended before its Content-Length")
-        if not block:
-            return
+    left = sys.maxsize if chunked else int(length or 0)
+    while left and (block := stream.read(min(BLOCK, left))):
         left -= len(block)
         yield block
+    if left and not chunked:
+        raise BadRequest("The body ended before its Content-Length")
 
 
 def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is Python's own, and no JSON")
 
 
-def parse_json(environ: Mapping[str, Any], default: Any = None) -> dict[str, Any]:
-    """Return the JSON object in the body, a default where there is none.
+def parse_json(environ: Mapping[str, Any], required: bool = True) -> dict[str, Any]:
+    """Return the JSON object in the body, an empty one for no body where none is required.
 
     Raises BadRequest, TooLarge.
     """
@@ -2253,8 +2254,8 @@ def parse_json(environ: Mapping[str, Any], default: Any = None) -> dict[str, Any
         body += block
         if len(body) > JSON_LIMIT:
             raise TooLarge(JSON_LIMIT)
-    if not body and default is not None:
-        return default  # type: ignore[no-any-return]
+    if not body and not required:
+        return {}
     try:
         value = json.loads(body.decode(), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -2271,10 +2272,11 @@ def file_in_form(environ: Mapping[str, Any]) -> Iterator[bytes]:
     What is wrong after the file is raised after its content: store nothing before the end.
     """
     kind, options = multipart.parse_options_header(environ.get("CONTENT_TYPE", ""))
-    found, others, inside = False, False, False
+    if kind != "multipart/form-data":
+        raise BadRequest(FORM_WANTED)
+    fields: list[str] = []  # the fields that are files
+    wanted = False  # whether the part that is being read is the file
     try:
-        if kind != "multipart/form-data":
-            raise BadRequest(FORM_WANTED)
         # In Latin-1 any byte is a character: a name in another encoding is no fault.
         parser = multipart.PushMultipartParser(
             options.get("boundary", ""), max_segment_count=1000, header_charset="latin-1"
@@ -2282,45 +2284,29 @@ def file_in_form(environ: Mapping[str, Any]) -> Iterator[bytes]:
         for block in itertools.chain(body_blocks(environ), [b""]):  # b"" ends the form
             for event in parser.parse(block):
                 if isinstance(event, multipart.MultipartSegment):
-                    name = file_name(event.header("Content-Disposition", ""))
-                    inside = name is not None and event.name == "image"
-                    others |= name is not None and not inside
-                    if inside:
-                        check_part(event, name or "", found)
-                    found |= inside
-                elif event and inside:
+                    wanted = is_wanted_file(event, fields)
+                elif event and wanted:
                     yield bytes(event)
     except multipart.MultipartError as error:
         raise BadRequest(FORM_WANTED) from error
-    if others and not found:
-        raise BadRequest("File form does not have an image field")
-    if not found:
+    if not fields:
         raise BadRequest("Payload must contain a file")
+    if "image" not in fields:
+        raise BadRequest("File form does not have an image field")
 
 
-def file_name(disposition: str) -> str | None:
-    """Return the file's name in a Content-Disposition, None where it has none.
+def is_wanted_file(part: multipart.MultipartSegment, fields: list[str]) -> bool:
+    """Tell whether a part of a form is the file `image`, and add its field if it is any file.
 
-    filename* is preferred to filename (RFC 6266, 4.3), and encoded words are decoded (RFC 2047).
+    Raises BadRequest where it is the file, but one that cannot be taken.
     """
-    message = email.message.Message()
-    message["Content-Disposition"] = disposition
-    params = message.get_params([], "Content-Disposition")
-    names = [value for key, value in params if key.lower() == "filename"]
-    if not names:
-        return None
-    extended = [value for value in names if isinstance(value, tuple)]
-    name = (extended or names)[0]
-    name = name[-1] if isinstance(name, tuple) else name
-    with contextlib.suppress(ValueError, LookupError, email.errors.HeaderParseError):
-        name = email.utils.collapse_rfc2231_value((extended or names)[0])
-        name = str(email.header.make_header(email.header.decode_header(name)))
-    return name
-
-
-def check_part(part: multipart.MultipartSegment, name: str, found: bool) -> None:
-    """Raise BadRequest unless a part of a form is the one file that is looked for."""
-    if found:
+    name = file_name(part.header("Content-Disposition", ""))
+    if name is None:
+        return False
+    fields.append(part.name)
+    if part.name != "image":
+        return False
+    if fields.count("image") > 1:
         raise BadRequest("Payload must contain one file named image, not two")
     if not name:
         raise BadRequest("Filename empty")
@@ -2330,6 +2316,25 @@ def check_part(part: multipart.MultipartSegment, name: str, found: bool) -> None
     packed = part.header("Content-Encoding", "identity").strip().lower() != "identity"
     if coding not in ("7bit", "8bit", "binary") or packed:
         raise BadRequest("The form holds the file encoded: send its bytes as they are")
+    return True
+
+
+def file_name(disposition: str) -> str | None:
+    """Return the file's name in a Content-Disposition, None where it has none.
+
+    Only how the name ends matters, so the charset that filename* names is not looked at.
+    """
+    message = email.message.Message()
+    message["Content-Disposition"] = disposition
+    params = message.get_params([], "Content-Disposition")
+    names = [value for name, value in params if name.lower() == "filename"]
+    if not names:
+        return None
+    # filename*, here a tuple (charset, language, text), is preferred to filename: RFC 6266, 4.3.
+    name = next((value[2] for value in names if isinstance(value, tuple)), names[0])
+    with contextlib.suppress(ValueError, LookupError, email.errors.HeaderParseError):
+        name = str(email.header.make_header(email.header.decode_header(name)))  # RFC 2047
+    return str(name)
 
 
 # ------------------------------------------------------------------------------------- API
@@ -3049,14 +3054,14 @@ class Application:
         self, image: Image, query: Mapping[str, str]
     ) -> tuple[Excerpt, dict[str, str]]:
         """Open the raw bytes between two addresses; return them with their headers."""
-        wanted, fill = parse_window(query)
+        start, end, fill = parse_window(query)
         if not image.is_hex:
             raise Unprocessable
         segments = self.catalogue.segments(image)
         if image.raw_size is None:
             unknown = "It has records of other types than 00 to 05, whose meaning is unknown"
             raise Unprocessable(unknown if segments.ends else "The Intel HEX file has no data")
-        start, end = place_window(segments, *wanted)
+        start, end = place_window(segments, start, end)
         headers = {
             "Content-Disposition": attachment(image, ".bin"),
             "ETag": f'"{image.sha256}-{start:x}-{end:x}-{fill:02x}"',
@@ -3067,7 +3072,7 @@ class Application:
 
     def make_link(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Make a link that downloads the binary without a token until it expires."""
-        seconds = parse_json(environ, default={}).get("expires_in", 3600)
+        seconds = parse_json(environ, required=False).get("expires_in", 3600)
         whole = type(seconds) in (int, float) and seconds == seconds // 1  # JSON has 60.0 for 60
         if not whole or not 1 <= seconds <= LONGEST_LINK:
             raise BadRequest(f"expires_in takes a whole number of seconds from 1 to {LONGEST_LINK}")
@@ -3171,16 +3176,16 @@ class StandardError(logging.Handler):
 
 
 # The parameter that makes a link work: any letter of its name may come percent-encoded.
+NAME_OF_SIGNATURE = "".join(f"(?:{letter}|%{ord(letter):x})" for letter in "signature")
 SIGNATURE = re.compile(
-    "([?&])" + "".join(f"(?:{letter}|%{ord(letter):x})" for letter in "signature") + "=[^&# ]*&?",
-    re.IGNORECASE,
+    rf"(?<=\?){NAME_OF_SIGNATURE}=[^&# ]*&?|&{NAME_OF_SIGNATURE}=[^&# ]*", re.IGNORECASE
 )
 PORT = re.compile(r"\A([0-9.]+):[0-9]+\Z|\A\[(.*)\](?::[0-9]+)?\Z")  # which some proxies add
 
 
 def quoted(text: str) -> str:
     """Return a text in quotes, escaped, and without what makes a link work."""
-    text = SIGNATURE.sub(r"\1", text).replace("\\", "\\\\").replace('"', '\\"')
+    text = SIGNATURE.sub("", text).replace("\\", "\\\\").replace('"', '\\"')
     return '"' + re.sub("[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text) + '"'
 
 

@@ -1147,6 +1147,14 @@ def test_hex_segment_base_wraps_at_64_kib_and_linear_base_at_4_gib(content, memo
     assert layout.warnings == [f"The record at 0x{first:08X} wraps round to 0x{lowest:08X}"]
 
 
+@parametrize("base", [record(2, 0, b"\x10\0"), record(4, 0, b"\xff\xff")], ids=["segment", "linear"])  # fmt: skip
+def test_hex_run_whose_last_record_wraps_round_is_read_like_its_lines(base):
+    lines = [base, *(record(0, 0xFE08 + at, bytes([at % 256]) * 16) for at in range(0, 512, 16))]
+    whole, data = read_hex(hex_file(*lines))
+    assert (whole, data) == read_hex(hex_file(*lines), list(itertools.accumulate(map(len, lines))))
+    assert len(whole.segments) == 2 and len(whole.warnings) == 1
+
+
 def test_hex_overlap_is_reported_and_the_later_record_wins():
     content = record(0, 0, b"abcdef") + record(0, 2, b"XY") + record(0, 3, b"Z") + END
     layout, placed = read_hex(content)
@@ -3917,11 +3925,13 @@ def test_access_log_does_not_show_what_makes_a_link_work(tmp_path, name):
     with logging_server(tmp_path) as (server, lines):
         with Connection(server) as connection:
             link, _ = connection.link(connection.stored(b"x"))
-            target = link.replace("signature", name) + "&a=b"
-            assert connection.get(target, Authorization="") == b"x"
-        line = lines(4)[3]
-    assert (line[1], line[4]) == ("link", "200")
-    assert line[3] == f"GET {link.partition('&signature')[0]}&a=b HTTP/1.1"
+            path, rest, signature = re.split("[?]|&signature=", link)
+            assert connection.get(f"{path}?{rest}&{name}={signature}&a=b", Authorization="") == b"x"
+            assert connection.get(f"{path}?{name}={signature}&{rest}", Authorization="") == b"x"
+        last, first = lines(5)[3:]
+    assert (last[1], last[4]) == (first[1], first[4]) == ("link", "200")
+    assert last[3] == f"GET {path}?{rest}&a=b HTTP/1.1"
+    assert first[3] == f"GET {path}?{rest} HTTP/1.1"
 
 
 def test_access_log_counts_what_was_sent_of_a_download_that_broke_off(tmp_path):
@@ -6283,6 +6293,16 @@ def test_verify_and_backup_work_on_a_read_only_file_system(tmp_path):
 
 
 @needs_posix
+def test_backup_writes_nothing_beside_the_store(shelf, tmp_path, monkeypatch):
+    """Its disk may be full: that is when one wants a backup."""
+    folders, real = [], tempfile.TemporaryFile
+    monkeypatch.setattr(
+        tempfile, "TemporaryFile", lambda *a, **b: folders.append(b["dir"]) or real(*a, **b)
+    )
+    assert command("backup", tmp_path / "copy", "--data", shelf[0].data)[0] == 0
+    assert folders and all(tmp_path / "copy" in [Path(f), *Path(f).parents] for f in folders)
+
+
 def test_backup_has_the_modes_of_the_store_and_its_secret_is_never_readable(shelf, tmp_path):
     server, _, _ = shelf
     copy, words = tmp_path / "copy", ["backup", "--data", server.data, tmp_path / "copy"]
