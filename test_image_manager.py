@@ -5188,7 +5188,7 @@ def test_page_cancels_an_upload_before_the_image_is_there(bench, tmp_path, monke
     page = tab()
     page.choose(write(tmp_path / "new-1.0.0.hex", firmware()[0]))
     add = Catalogue.add
-    monkeypatch.setattr(Catalogue, "add", lambda *a: time.sleep(0.3) or add(*a))
+    monkeypatch.setattr(Catalogue, "add", lambda *a, **b: time.sleep(0.3) or add(*a, **b))
     page.click("Upload")
     page.click("Cancel")
     page.wait("alert().includes('The upload was cancelled')")
@@ -5201,7 +5201,7 @@ def test_page_stores_nothing_in_an_image_it_was_not_meant_for(bench, tmp_path, m
     page = tab()
     page.choose(write(tmp_path / "valve-1.0.0.hex", b":00000001"))
     add = Catalogue.add
-    monkeypatch.setattr(Catalogue, "add", lambda *a: time.sleep(0.3) or add(*a))
+    monkeypatch.setattr(Catalogue, "add", lambda *a, **b: time.sleep(0.3) or add(*a, **b))
     page.click("Upload")
     page.open(other)
     page.wait("alert().includes('record is cut off')")
@@ -5735,7 +5735,7 @@ def test_token_needs_to_read_only(tmp_path):
     ("backup", "destination"),
     ("verify --data /nonexistent", "--data"),
     ("backup --data /nonexistent x", "--data"),
-    ("IMAGE_MANAGER_PORT=sixty serve", "port takes a whole number, not 'sixty'"),
+    ("IMAGE_MANAGER_PORT=sixty serve", "port takes a whole number from 0 to 65535, not 'sixty'"),
     ("IMAGE_MANAGER_MAX_UPLOAD=big serve", "max_upload takes"),
     ("IMAGE_MANAGER_REQUIRE_INTEL_HEX=maybe serve", "require_intel_hex takes"),
 ])  # fmt: skip
