@@ -1954,7 +1954,7 @@ class Request(HTTPRequestParser):
         return bool(self.chunked or self.content_length)
 
     def _environ(self) -> dict[str, Any]:
-        """Return the request as WSGI has it: what Bottle and the routes read of it."""
+        """Return the request as WSGI has it: what the routes read of it."""
         environ = {
             "REQUEST_METHOD": self.command,
             "PATH_INFO": self.path,
@@ -1962,8 +1962,6 @@ class Request(HTTPRequestParser):
             "SERVER_PROTOCOL": f"HTTP/{self.version}",
             "wsgi.url_scheme": "http",
             "wsgi.input": io.BytesIO(),
-            "wsgi.errors": sys.stderr,
-            "wsgi.file_wrapper": lambda file: file,
         }
         for name, value in self.headers.items():
             known = name in ("CONTENT_TYPE", "CONTENT_LENGTH")
