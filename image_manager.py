@@ -55,9 +55,11 @@ To add
     a route       a line of ROUTES and a method of Application; PARAMETERS, BODIES and SCHEMAS
                   for what it takes and gives that is new
     a column      a script at the end of MIGRATIONS (never change one; ALTER TABLE adds columns),
-                  then the SQL below them
-    a member      of images: besides its column, Catalogue.add and change, LABELS, change_image,
-                  SCHEMAS and PARAMETERS, text_faults for its limits, the README
+                  then ADD, CHANGE or CONFIRM, which write it, and what reads it: IMAGE_JSON for
+                  clients, COLUMNS and the tuple Image for the service itself
+    a member      of images: its column; Catalogue.add and change; parse_members, which checks it;
+                  SCHEMAS and BODIES; imageView of the page; the README. One that must be given:
+                  REQUIRED as well; one to filter by: FILTERS, list_images and an index
     a check       of an upload's bytes: Upload.write and finish; of a request: Application._upload
     a setting     a field of Settings; its option and environment variable follow from it
 
@@ -97,7 +99,7 @@ What it promises, and the test that proves it
     test_route_shows_and_gives_nothing_to_another_tenant
  5. Nothing a client sends becomes a path, a piece of SQL, or a header unchecked.
     test_form_with_any_name_that_ends_in_hex_is_taken_and_the_name_is_no_path
- 6. A refused upload is answered on its header: nothing of it is awaited or stored.
+ 6. An upload that may not be made is answered on its header: nothing is awaited or stored.
     test_upload_that_may_not_be_made_is_answered_on_its_header
  7. What does not fit the disk leaves nothing behind, and deleting always has room.
     test_full_disk_refuses_uploads_and_creations_at_once_but_not_deletions
@@ -522,7 +524,10 @@ def load_secret(folder: Path) -> str:
 
 def make_secret(path: Path) -> None:
     """Make a file with a new secret, which appears whole or not at all."""
-    draft = tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False)  # mode 0600
+    # It has mode 0600, and a name by which clean_up() finds it after a crash.
+    draft = tempfile.NamedTemporaryFile(
+        "w", prefix=path.name, suffix=".draft", dir=path.parent, delete=False
+    )
     try:
         with draft:
             draft.write(secrets.token_hex(32) + "\n")
@@ -1125,14 +1130,18 @@ MIGRATIONS = (
     """,
 )
 
-# SQLite writes the JSON itself, three times as fast as json.dumps would write it from rows.
-ALWAYS = "'id', id, 'label', label, 'fw_version', fw_version, 'created', created, 'confirmed', "
+# The image object as JSON, which SQLite writes three times as fast as json.dumps would. All answers
+# with images have it from here; what an image has not is left out, never null. FIRST_MEMBERS ends
+# with a name, whose value follows.
+FIRST_MEMBERS = (
+    "'id', id, 'label', label, 'fw_version', fw_version, 'created', created, 'confirmed', "
+)
 IMAGE_JSON = f"""CASE
-    WHEN confirmed THEN json_object({ALWAYS} json('true'), 'updated', updated,
+    WHEN confirmed THEN json_object({FIRST_MEMBERS} json('true'), 'updated', updated,
         'size', size, 'sha256', sha256,
         'checked', json(CASE WHEN report IS NULL THEN 'false' ELSE 'true' END))
-    WHEN updated IS NULL THEN json_object({ALWAYS} json('false'))
-    ELSE json_object({ALWAYS} json('false'), 'updated', updated) END"""
+    WHEN updated IS NULL THEN json_object({FIRST_MEMBERS} json('false'))
+    ELSE json_object({FIRST_MEMBERS} json('false'), 'updated', updated) END"""
 # The same with the member hex; NULL where its report is longer than the parameter :longest.
 WITH_REPORT = f"""CASE WHEN report IS NULL THEN {IMAGE_JSON}
     WHEN length(report) > :longest THEN NULL
@@ -1152,6 +1161,7 @@ LIST = """SELECT '[' || coalesce(group_concat(item), '') || ']' FROM (
 COUNT = "SELECT count(*) FROM image WHERE tenant = :tenant{filters}"
 ADD = """INSERT INTO image (id, tenant, label, fw_version, precedence, created)
     VALUES (:id, :tenant, :label, :fw_version, :precedence, :now)"""
+# NULL leaves a column as it is.
 CHANGE = """UPDATE image SET label = coalesce(:label, label), updated = :now,
     fw_version = coalesce(:fw_version, fw_version), precedence = coalesce(:precedence, precedence)
     WHERE id = :id AND tenant = :tenant"""
@@ -1202,7 +1212,7 @@ PRAGMAS = (
 
 
 class Image(NamedTuple):
-    """What the service itself needs to know of an image; the members are those of COLUMNS."""
+    """A row as the service itself uses it, by COLUMNS; what clients see is IMAGE_JSON."""
 
     id: str
     confirmed: int
@@ -1530,7 +1540,8 @@ class Catalogue:
                 rows = connection.execute(f"PRAGMA {check}(10)").fetchall()
         except Damaged as error:
             return [str(error.__cause__)]
-        return [line for row in rows if row[0] != "ok" for line in str(row[0]).splitlines()]
+        lines = [line for row in rows for line in str(row[0]).splitlines()]
+        return [line for line in lines if line != "ok" and not line.startswith("***")]  # a heading
 
     def ever_used(self) -> bool:
         """Tell whether there ever was an image."""
@@ -2357,7 +2368,7 @@ class Route(NamedTuple):
     needs: tuple[str, ...] = ()  # those of query that must be there
 
 
-LABELS = ("label", "fw_version")  # members that a client must give, and may change
+REQUIRED = ("label", "fw_version")  # members of an image that are given, changed and filtered by
 IMAGE, BINARY = "/image/<image_id>", "/image/<image_id>/binary"
 WINDOW = ("format", "start", "end", "fill")
 LATEST_QUERY, UPLOAD_QUERY = ("label", "current"), ("sha256", "validate")
@@ -2367,7 +2378,7 @@ ROUTES = (
     Route("GET", "/openapi.json", "describe", PUBLIC, gives="Description"),
     Route("GET", "/image", "list_images", READ, (*FILTERS, "limit", "offset"), gives="Images"),
     Route("POST", "/image", "create_image", WRITE, (), "image", "Created", (201,)),
-    Route("GET", "/image/binary", "list_binaries", READ, gives="Names"),
+    Route("GET", "/image/binary", "list_binaries", READ, gives="FileNames"),
     Route("GET", "/image/latest", "latest_image", READ, LATEST_QUERY,
           answers=(200, 204, 404), quick=True, needs=("label",)),
     Route("GET", "/image/latest/binary", "latest_binary", READ, (*LATEST_QUERY, *WINDOW),
@@ -2406,26 +2417,26 @@ def reference(name: str) -> dict[str, str]:
 
 TEXT, WHOLE, FLAG = string(), {"type": "integer"}, {"type": "boolean"}
 TIME, SWITCH = string(format="date-time"), string(enum=["true", "false"])
-NAME = string(minLength=1, maxLength=128, pattern=r"^[^\u0000-\u001f\u007f-\u009f]*$")
-NAMES = dict.fromkeys(LABELS, NAME)
+SHORT_TEXT = string(minLength=1, maxLength=128, pattern=r"^[^\u0000-\u001f\u007f-\u009f]*$")
+REQUIRED_SCHEMAS = dict.fromkeys(REQUIRED, SHORT_TEXT)
 DIGEST = string(pattern="^[0-9a-fA-F]{64}$")
 HEX_ADDRESS = string(pattern="^0[xX]([0-9a-fA-F]{1,8}|100000000)$")
 ADDRESSES = {"anyOf": [integer(0, 1 << 32), HEX_ADDRESS]}
 BYTES = {"anyOf": [integer(0, 255), string(pattern="^0[xX][0-9a-fA-F]{1,2}$")]}
 PARAMETERS: dict[str, dict[str, Any]] = {
-    **NAMES, "confirmed": SWITCH, "current": string(minLength=1), "image_id": TEXT,
+    **REQUIRED_SCHEMAS, "confirmed": SWITCH, "current": string(minLength=1), "image_id": TEXT,
     "limit": integer(1, 1000), "offset": integer(0, 10**18),
     "format": string(enum=["bin"]), "start": ADDRESSES, "end": ADDRESSES, "fill": BYTES,
     "sha256": DIGEST, "validate": SWITCH,
 }  # fmt: skip
 SCHEMAS = {
     "Image": json_object(
-        {"id": TEXT, **NAMES, "created": TIME, "confirmed": FLAG},
+        {"id": TEXT, **REQUIRED_SCHEMAS, "created": TIME, "confirmed": FLAG},
         updated=TIME, size=WHOLE, sha256=DIGEST, checked=FLAG, hex={"type": "object"},
     ),
     "Images": {"type": "array", "items": reference("Image")},
-    "Names": {"type": "array", "items": TEXT},
-    "Created": json_object({"id": TEXT, "label": NAME, "published_at": TIME, "url": TEXT}),
+    "FileNames": {"type": "array", "items": TEXT},
+    "Created": json_object({"id": TEXT, "label": SHORT_TEXT, "published_at": TIME, "url": TEXT}),
     "Removed": json_object({"result": TEXT, "removed_image": reference("Image")}),
     "Uploaded": json_object({"image": TEXT, "message": TEXT, "checked": FLAG}),
     "Result": json_object({"result": TEXT}),
@@ -2435,8 +2446,8 @@ SCHEMAS = {
     "Error": json_object({"message": TEXT}, status=WHOLE, errors={"type": "object"}),
 }  # fmt: skip
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "image": ("application/json", json_object(NAMES)),
-    "change": ("application/json", {**json_object({}, **NAMES), "minProperties": 1}),
+    "image": ("application/json", json_object(REQUIRED_SCHEMAS)),
+    "change": ("application/json", {**json_object({}, **REQUIRED_SCHEMAS), "minProperties": 1}),
     "link": ("application/json", json_object({}, expires_in=integer(1, LONGEST_LINK))),
     "form": ("multipart/form-data", json_object({"image": string(format="binary")})),
     "file": ("application/octet-stream", {}),
@@ -2686,24 +2697,24 @@ def json_response(content: object, status: int = 200, **headers: str) -> bottle.
     return bottle.HTTPResponse(text, status, headers)
 
 
-def parse_members(environ: Environ, required: bool) -> dict[str, str]:
-    """Return label and version from a body in JSON: both if `required`, else at least one.
+def parse_members(environ: Environ, creating: bool) -> dict[str, str]:
+    """Return label and version from a body in JSON: both when creating, else at least one.
 
     Raises BadRequest where it is no JSON object, FaultyImage with the reasons of all faults.
     """
     members = parse_json(environ)
     errors: dict[str, list[str]] = {}
-    for name in LABELS:
+    for name in REQUIRED:
         if name in members:
             errors[name] = text_faults(members[name])
-        elif required:
+        elif creating:
             errors[name] = ["Missing data for required field."]
     if not errors:
         errors["_schema"] = ["Nothing to change."]
     faulty = {name: reasons for name, reasons in errors.items() if reasons}
     if faulty:
         raise FaultyImage(faulty)
-    return {name: members[name] for name in LABELS if name in members}
+    return {name: members[name] for name in REQUIRED if name in members}
 
 
 def parse_flag(value: str) -> bool:
@@ -2841,7 +2852,7 @@ class Application:
             log.error("a request could not be answered", exc_info=error)
             error = ServiceError()
         elif error.status in (500, 503) and not isinstance(error, MustWait):
-            log.error("%s (%s)", error, error.__cause__)
+            log.error("%s%s", error, f" ({error.__cause__})" if error.__cause__ else "")
         return json_response(error.body(), error.status, **error.headers)
 
     def _log(self, environ: Environ, status: int, error: Exception | None) -> None:
@@ -2884,7 +2895,7 @@ class Application:
     def list_images(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """List the images, oldest first; with limit in pages."""
         query = parse_query(environ)
-        filters: dict[str, object] = {name: query[name] for name in LABELS if name in query}
+        filters: dict[str, object] = {name: query[name] for name in REQUIRED if name in query}
         if any(map(text_faults, filters.values())) or ("offset" in query and "limit" not in query):
             raise BadRequest
         if "confirmed" in query:
@@ -2907,7 +2918,7 @@ class Application:
 
     def create_image(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
         """Create an image, to which a binary can then be uploaded."""
-        members = parse_members(environ, required=True)
+        members = parse_members(environ, creating=True)
         require_space(self.binaries.uploads)
         image_id, created = self.catalogue.add(caller.tenant, **members)
         url = f"{self.settings.url_prefix}/image/{image_id}"
@@ -2948,7 +2959,7 @@ class Application:
 
     def change_image(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
         """Change the label, the version or both."""
-        changes = parse_members(environ, required=False)
+        changes = parse_members(environ, creating=False)
         self.catalogue.change(caller.tenant, image_id, changes, permit_by(environ))
         return json_response(self.catalogue.get_json(caller.tenant, image_id))
 
@@ -3182,8 +3193,8 @@ PORT = re.compile(r"\A([0-9.]+):[0-9]+\Z|\A\[(.*)\](?::[0-9]+)?\Z")  # which som
 
 
 def quoted(text: str) -> str:
-    """Return a text in quotes, escaped, and without what makes a link work."""
-    text = SIGNATURE.sub("", text).replace("\\", "\\\\").replace('"', '\\"')
+    """Return a text in quotes, escaped and cut, and without what makes a link work."""
+    text = SIGNATURE.sub("", text)[:2000].replace("\\", "\\\\").replace('"', '\\"')
     return '"' + re.sub("[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text) + '"'
 
 
@@ -3206,7 +3217,9 @@ def client_address(peer: str, forwarded: str, trusted: tuple[Network, ...]) -> s
     client = peer
     for hop in [peer, *reversed(forwarded.split(","))]:
         try:
-            address = ipaddress.ip_address(PORT.sub(r"\1\2", hop.strip().removeprefix("::ffff:")))
+            # Behind a % there may be any text.
+            text = PORT.sub(r"\1\2", hop.strip().removeprefix("::ffff:")).partition("%")[0]
+            address = ipaddress.ip_address(text)
         except ValueError:  # a proxy may write "unknown"
             break
         client = str(address)
@@ -3648,7 +3661,8 @@ def listen(settings: Settings) -> socket.socket:
         # The place goes on whole: of fe80::1%eth0 its last part is the network interface.
         return socket.create_server(place, family=family, backlog=1024, dualstack_ipv6=dual)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None) or 0  # negative where a name cannot be resolved
+        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
         remedy = "choose others with --host and --port"
         raise CannotStart(f"Cannot listen on {host} port {port} ({reason}): {remedy}") from error
 
@@ -4452,10 +4466,10 @@ function alertView(error) {
 
 function tokenView() {
   return element("form", {class: "panel", onsubmit: useToken},
-    element("p", {}, "A token lets you in. Whoever runs the service makes one with ",
-      element("code", {}, "python image_manager.py token"), "."),
+    element("p", {}, "A token lets you in. When the service starts, it prints the command that "
+      + "makes one: ", element("code", {}, "image_manager.py token"), "."),
     element("div", {class: "row"},
-      field("Token", {required: true, autofocus: true, class: "mono", value: state.token}),
+      field("Token", {required: true, class: "mono", value: state.token}),
       element("button", {class: "main"}, "Use token")));
 }
 

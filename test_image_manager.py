@@ -6489,7 +6489,7 @@ def test_openapi_names_the_members_that_images_have_and_take(client):
     assert client.shown(image_id).keys() == schemas["Image"]["properties"].keys()
     assert created.keys() == schemas["Created"]["properties"].keys()
     for name in ("image", "change"):
-        assert image_manager.BODIES[name][1]["properties"].keys() == set(image_manager.LABELS)
+        assert image_manager.BODIES[name][1]["properties"].keys() == set(image_manager.REQUIRED)
 
 
 def test_manual_names_functions_and_tests_that_are_there():
