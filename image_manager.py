@@ -77,10 +77,11 @@ The life of one upload
 The life of one download
 
     Admission.admit              knows the caller by Tokens.verify, or a link by Tokens.verify_link
-    Application.download_binary  reads the row, opens the file, looks whether the row still holds
-    BinaryStore.open             refuses a file of another length; verify alone hashes it
+    Application.download_binary  reads the row, opens the file, and begins anew where the row has
+                                 changed: never the digest of one binary, the bytes of another
+    BinaryStore.open             refuses a file of another length; its digest verify alone compares
     place_window                 finds the bytes that format=bin asks for
-    download_response            holds the conditions (not_modified) and the range (requested_range)
+    download_response            evaluates conditions (not_modified) and range (requested_range)
     Excerpt.read                 gives the bytes, gaps filled
     Connection._send_body        sends one piece by sendfile, anything else as the client takes it
 
@@ -3915,9 +3916,9 @@ def fault_of(image: Image, binaries: BinaryStore, copies: BinaryStore | None = N
     """
     remedy = "upload the same file again, or restore it from a backup"
     other_bytes = f"damaged: the {{}} file of image {image.id} has other bytes: {remedy}"
-    checked, is_hex = copies or binaries, image.raw_size is not None
+    checked, has_raw = copies or binaries, image.raw_size is not None
     try:
-        for suffix in (".hex", ".bin") if is_hex else (".hex",):
+        for suffix in (".hex", ".bin") if has_raw else (".hex",):
             if copies:
                 with contextlib.suppress(FileNotFoundError):  # it is missed below
                     copy_file(binaries.path(image.id, suffix), copies.path(image.id, suffix))
@@ -3929,7 +3930,7 @@ def fault_of(image: Image, binaries: BinaryStore, copies: BinaryStore | None = N
             digest, reader = hashlib.sha256(), HexReader()
             for block in iter(functools.partial(file.read, BLOCK), b""):
                 digest.update(block)
-                if is_hex:
+                if has_raw:
                     data.write(reader.feed(block))
             if digest.hexdigest() != image.sha256:
                 return other_bytes.format("hex")

@@ -2662,6 +2662,21 @@ def test_window_of_a_binary_replaced_meanwhile_never_mixes_the_two(client, app, 
     assert (again.body, again.headers["X-Load-Address"]) == (b"old", "0x00000100")
 
 
+def test_download_of_a_binary_replaced_by_one_as_long_is_of_one_of_them(client, monkeypatch):
+    """Never the digest of one with the bytes of the other."""
+    image_id, opened, swapped = client.stored(b"old"), BinaryStore.open, []
+
+    def open_replaced(self, *names):
+        if not swapped:
+            swapped.append(client.delete(f"/image/{image_id}/binary"))
+            client.upload(image_id, b"new")
+        return opened(self, *names)
+
+    monkeypatch.setattr(BinaryStore, "open", open_replaced)
+    response = client.download(image_id)
+    assert (response.body, response.headers["ETag"]) == (b"new", f'"{sha256(b"new")}"')
+
+
 def test_window_of_262_144_pieces_is_served_by_a_few_reads(server, connection, monkeypatch):
     pieces, window = image_manager.MAX_SEGMENTS, "?format=bin"
     image_id = connection.stored(scattered(pieces))
