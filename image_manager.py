@@ -340,7 +340,9 @@ def number_from(low: int, high: int) -> Callable[[object], int]:
 parse_text = text_like("([^\0\ud800-\udfff]*)", "text in UTF-8")
 # Visible ASCII: for an address without " < > as they stand around it in texts, for an origin
 # without a path and without the comma that would make it a list.
-parse_url = text_like("((?:https?://[!#-;=?-~]+?)?)/*", "an address such as https://fw.example.com")
+parse_url = text_like(
+    "((?:https?://[!#-.0-;=?-~][!#-;=?-~]*?)?)/*", "an address such as https://fw.example.com"
+)
 parse_origin = text_like(
     r"(\*|[a-z][a-z0-9+.-]*://[!-+.0-~-]+|)", "* or an origin such as https://bench.example.com"
 )
@@ -380,8 +382,8 @@ def parse_switch(value: object) -> bool:
 def parse_networks(value: Any) -> tuple[Network, ...]:
     """Return the networks of a list, or of a text with commas between: 10.0.0.0/8, ::1."""
     try:
-        words = value.split(",") if isinstance(value, str) else value
-        return tuple(ipaddress.ip_network(str(word).strip(), False) for word in words if word)
+        words = map(str.strip, value.split(",") if isinstance(value, str) else map(str, value))
+        return tuple(ipaddress.ip_network(word, False) for word in words if word)
     except (ValueError, TypeError) as error:
         raise ValueError("takes an address or a network such as 10.0.0.0/8") from error
 
@@ -1171,7 +1173,10 @@ CHANGE = """UPDATE image SET label = coalesce(:label, label), updated = :now,
 CONFIRM = """UPDATE image SET confirmed = 1, size = :size, sha256 = :sha256, report = :report,
     raw_size = :raw_size, updated = :now, stored = coalesce(
         max(:now, strftime('%Y-%m-%dT%H:%M:%f000+00:00', stored, '+1.001 seconds')), :now)
-    WHERE id = :id AND tenant = :tenant AND confirmed = 0"""
+    WHERE id = :id AND tenant = :tenant"""
+# The same bytes again. Its files are made anew, perhaps by a newer reader of Intel HEX.
+CONFIRM_AGAIN = """UPDATE image SET report = :report, raw_size = :raw_size
+    WHERE id = :id AND tenant = :tenant"""
 # The date in stored stays, as the next binary's date depends on it.
 CLEAR = """UPDATE image SET confirmed = 0, size = NULL, sha256 = NULL, report = NULL,
     raw_size = NULL, updated = :now WHERE id = :id AND tenant = :tenant AND confirmed = 1"""
@@ -1494,7 +1499,8 @@ class Catalogue:
                 raise ServiceError("Binary already exists", status=409)
             permit(image)
             yield
-            connection.execute(CONFIRM, values | binary._asdict())
+            sql = CONFIRM_AGAIN if image.confirmed else CONFIRM
+            connection.execute(sql, values | binary._asdict())
 
     def clear(self, tenant: str, image_id: str, permit: Permit) -> None:
         """Record that an image has no binary any more, if it had one."""
@@ -3100,8 +3106,9 @@ class Application:
         BadRequest where the Host header, which the link repeats, is none.
         """
         expires = int(min(time.time() + seconds, environ[CALLER].expires))
-        host = environ.get("HTTP_HOST") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
-        if not AUTHORITY.fullmatch(host):
+        name, port = environ["SERVER_NAME"], environ["SERVER_PORT"]
+        host = environ.get("HTTP_HOST") or (f"[{name}]:{port}" if ":" in name else f"{name}:{port}")
+        if not re.fullmatch(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?", host, re.ASCII):
             raise BadRequest("The Host header names no host")
         base = self.settings.public_url or f"{environ['wsgi.url_scheme']}://{host}"
         path = f"{self.settings.url_prefix}/image/{image_id}/binary"

@@ -645,7 +645,7 @@ def no_start(data, *words, options=(), **others):
     {"data": "a\0b"}, {"data": None}, {"data": 5}, {"access_log": "a\0b"}, {"access_log": 1},
     {"url_prefix": "/image"}, {"url_prefix": "/health"}, {"url_prefix": "health/fw"},
     {"url_prefix": "/openapi.json"}, {"url_prefix": "a b"}, {"url_prefix": b"/fw"},
-    {"public_url": "fw.example.com"}, {"public_url": 'https://a"><'}, {"host": 5}, {"host": None},
+    {"public_url": "fw.example.com"}, {"public_url": 'https://a"><'}, {"public_url": "https:///"}, {"host": 5}, {"host": None},
     {"allow_origin": "bench.example.com"}, {"allow_origin": "https://bench.example.com/page"},
     {"allow_origin": "https://a, https://b"}, {"trusted_proxy": "proxy.example.com"}, {"trusted_proxy": 5.5},
     {"require_intel_hex": "perhaps"}, {"require_intel_hex": 2}, {"require_intel_hex": None},
@@ -664,7 +664,7 @@ NETWORKS = tuple(map(ipaddress.ip_network, ("10.0.0.0/8", "::1")))
     ({"max_upload": "16M"}, 16 * MIB), ({"max_upload": "1000"}, 1000), ({"max_upload": 1000}, 1000),
     ({"require_intel_hex": "no"}, False), ({"require_intel_hex": "Yes"}, True),
     ({"require_intel_hex": 1}, True), ({"require_intel_hex": 0}, False), ({"trusted_proxy": ""}, ()),
-    ({"trusted_proxy": "10.0.0.0/8, ::1"}, NETWORKS), ({"trusted_proxy": ["10.1.2.3/8"]}, NETWORKS[:1]),
+    ({"trusted_proxy": "10.0.0.0/8, ::1, "}, NETWORKS), ({"trusted_proxy": ["10.1.2.3/8"]}, NETWORKS[:1]),
     ({"url_prefix": "fw-image/"}, "/fw-image"), ({"public_url": "https://a/b/"}, "https://a/b"),
     # A prefix that only looks like a path of the API is fine.
     ({"url_prefix": "/images"}, "/images"), ({"url_prefix": "/image-manager"}, "/image-manager"),
@@ -2660,6 +2660,21 @@ def test_window_of_a_binary_replaced_meanwhile_never_mixes_the_two(client, app, 
     assert (response.body, response.headers["X-Load-Address"]) == (b"newer", "0x00000200")
     again = client.download(client.stored(old), "?format=bin")
     assert (again.body, again.headers["X-Load-Address"]) == (b"old", "0x00000100")
+
+
+def test_same_bytes_again_mend_what_an_older_reader_has_recorded(client, app):
+    """Its file of raw bytes is made anew, so the record must be as well."""
+    content, data = firmware(3000)
+    image_id = client.stored(content)
+    with contextlib.closing(sqlite3.connect(app.settings.data / "image_manager.db")) as tool:
+        tool.execute("UPDATE image SET report = NULL, raw_size = NULL")
+        tool.commit()
+    before = client.shown(image_id)
+    assert not before["checked"]
+    assert client.upload(image_id, content).json["checked"]
+    assert client.download(image_id, "?format=bin").body == data
+    after = client.shown(image_id)
+    assert after["checked"] and after["updated"] == before["updated"]
 
 
 def test_download_of_a_binary_replaced_by_one_as_long_is_of_one_of_them(client, monkeypatch):
