@@ -3182,7 +3182,9 @@ def say(text: str) -> None:
     """Print to standard error, unless that is closed, full or a pipe that nobody reads."""
     with contextlib.suppress(OSError):
         if sys.stderr and has_room(2):
-            print(text, file=sys.stderr, flush=True)
+            # With its end in one write, so that lines of several processes do not mix.
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
 
 
 class StandardError(logging.Handler):

@@ -4041,6 +4041,22 @@ def test_access_log_may_be_standard_output(tmp_path):
         assert LOG_LINE.fullmatch(server.process.stdout.readline().rstrip("\n"))
 
 
+def test_line_of_the_log_is_one_write_so_that_those_of_workers_do_not_mix(monkeypatch):
+    class Raw(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, block):
+            written.append(bytes(block))
+            return len(block)
+
+    written = []
+    stream = io.TextIOWrapper(io.BufferedWriter(Raw()), line_buffering=True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    image_manager.StandardError().emit(image_manager.logging.makeLogRecord({"msg": "one line"}))
+    assert written == [b"one line\n"]
+
+
 def test_log_of_the_service_has_times_with_their_zone(tmp_path):
     with service(tmp_path) as server, Connection(server) as connection:
         connection.create()
