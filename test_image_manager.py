@@ -4051,8 +4051,7 @@ def test_line_of_the_log_is_one_write_so_that_those_of_workers_do_not_mix(monkey
             return len(block)
 
     written = []
-    stream = io.TextIOWrapper(io.BufferedWriter(Raw()), line_buffering=True)
-    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(Raw(), write_through=True))  # as python -u
     image_manager.StandardError().emit(image_manager.logging.makeLogRecord({"msg": "one line"}))
     assert written == [b"one line\n"]
 
