@@ -4869,14 +4869,19 @@ class CommandLine(argparse.ArgumentParser):
         parse, meaning = FIELDS[name].metadata["parse"], FIELDS[name].metadata["meaning"]
         default = DEFAULTS.get(name, FIELDS[name].default)
         meaning += f" (default: {default})" if default else ""
-        action = {parse_switch: "store_true", parse_networks: "append"}.get(parse, "store")
+        kind: dict[str, Any] = {"metavar": flag.rpartition("-")[2].upper()}
+        if parse is parse_switch:
+            kind = {"action": "store_true"}
+        elif parse is parse_networks:
+            kind["action"] = "append"
         # SUPPRESS: not given, it leaves alone what the environment says.
-        self.add_argument(flag, dest=name, action=action, default=argparse.SUPPRESS, help=meaning)
+        self.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=meaning, **kind)
 
 
 def command_line() -> CommandLine:
     about = "A firmware image store: SQLite, files and curl. Without a command it serves."
-    parser = CommandLine(prog="image_manager.py", description=about)
+    more = "Each command has a page of its own: image_manager.py serve --help"
+    parser = CommandLine(prog="image_manager.py", description=about, epilog=more)
     parser.add_argument("--version", action="version", version=f"image manager {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     options = {}
