@@ -3300,7 +3300,6 @@ LINGER, LINGER_BYTES = 10, 64 * MIB  # seconds and bytes that are read after the
 SEND_BLOCK = 64 * KIB  # bytes of an answer that are read ahead of the client
 SENDFILE_BLOCK = MIB  # bytes of a file that the system sends in one call
 SLOWEST = 2 * KIB  # bytes of such a block that a client must take in a second
-
 # What a connection can wait for. For the first three it reads.
 READING = HEADER, BODY, END = ("the next header", "the rest of a body", "the client's end")
 ROOM, THREAD, FILE, TURN = ("room to send", "a thread", "a file to be sent", "the others' turn")
@@ -3360,8 +3359,7 @@ class Connection(asyncio.Protocol):
         """Let the connection's life go on until it waits for something again."""
         try:
             self.waits_for = self._life.send(value)
-            reading = self.waits_for in READING and not self._half_closed
-            if reading and not self.transport.is_reading():
+            if self.waits_for in READING and not self._half_closed:
                 self.transport.resume_reading()
         except StopIteration:
             self.waits_for = ""
@@ -3438,6 +3436,7 @@ class Connection(asyncio.Protocol):
                 if request.expect_continue and not self._received:
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 folder = self._application.binaries.uploads
+                # A body of the largest size may take IDLE seconds for each 64 KiB, but no longer.
                 latest = self._loop.time() + IDLE * max(1, limit / SEND_BLOCK)
                 for starved in request.receive(self._received, limit, folder):
                     if not starved:
