@@ -4292,7 +4292,7 @@ function names() {  // as the file's name suggests, where a person has typed not
 async function upload(query = "") {
   if (!state.file || state.upload) return;
   const {file, image, token} = state, json = names(), stopper = new AbortController();
-  let id = image?.id;
+  let id = image?.id, checked;
   Object.assign(state, {upload: {file, sent: 0, stopper}, failed: null, news: ""});
   render();
   try {
@@ -4300,8 +4300,8 @@ async function upload(query = "") {
       throw new Error("The file has changed since it was chosen: choose it again");
     });
     id ??= (await ask("POST", "/image", {token, json})).id;
-    await ask("PUT", `/image/${id}/binary${query}`,
-      {token, file, signal: stopper.signal, onprogress: event => showProgress(event.loaded)});
+    ({checked} = await ask("PUT", `/image/${id}/binary${query}`,
+      {token, file, signal: stopper.signal, onprogress: event => showProgress(event.loaded)}));
   } catch (error) {
     const [, line] = /\bline (\d+)/.exec(error.message) || [];
     if (line) error.line = await lineOf(file, Number(line)).catch(() => "");
@@ -4312,7 +4312,8 @@ async function upload(query = "") {
     Object.assign(state, {upload: null, failed: error});
     return render();
   }
-  const news = `${title(image || json)} is stored.`;
+  const verdict = checked ? "It is sound Intel HEX." : "It was not checked.";
+  const news = `${title(image || json)} is stored. ${verdict}`;
   Object.assign(state, {upload: null, file: null, typed: {}, news});
   if (!place()) history.pushState(null, "", "#" + id);
   if (place() === id) go(news);

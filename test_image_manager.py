@@ -5224,7 +5224,7 @@ def test_page_goes_on_with_an_upload_while_one_looks_elsewhere(bench, tmp_path, 
     page.open(other)
     page.sees("the server checks it", "other 1.0.0")
     held.set()
-    page.sees("new 1.0.0 is stored.")
+    page.sees("new 1.0.0 is stored. It is sound Intel HEX.")
     assert page.js("location.hash") == "#" + other
 
 
