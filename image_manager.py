@@ -3649,6 +3649,8 @@ def connection_limit() -> int:
     except ImportError:  # Windows, whose select() takes 512
         return 400
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:  # which is -1
+        return 10_000
     return max(4, min(10_000, (files - 40) // 2))
 
 
@@ -3658,7 +3660,8 @@ def raise_file_limit() -> None:
         import resource
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 20_200), most))
+        wanted = 20_200 if most == resource.RLIM_INFINITY else min(most, 20_200)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def listen(settings: Settings) -> socket.socket:

@@ -3739,6 +3739,17 @@ def processor_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def test_unlimited_files_are_many_and_not_minus_one(monkeypatch):
+    """As on macOS, where no more than a number may be asked for."""
+    resource, asked = pytest.importorskip("resource"), []
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: unlimited)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    assert image_manager.connection_limit() == 10_000
+    image_manager.raise_file_limit()
+    assert asked == [(20_200, resource.RLIM_INFINITY)]
+
+
 @needs_proc
 def test_limit_of_connections_follows_from_the_files_there_are(tmp_path):
     with service(tmp_path, **limited(NOFILE=64)) as server:
