@@ -33,7 +33,7 @@ Settings. From here to the end each layer knows only those above it:
     API               the table of all routes, and its description as OpenAPI
     admission         which route, who asks, may they: all that the header of a request tells
     application       the handlers of the routes; the two stores meet only here
-    access log        a line for each answer, where that is asked for
+    logs              the access log, and the service's own on standard error
     threads           a few that run what the server must not wait for
     server            one thread that owns all sockets
     processes         the lock, workers, signals; a server in a thread of yours
@@ -292,7 +292,7 @@ class StorageFull(ServiceError):
 
 
 # No space left on the device, the file system's limit for one file, and a user's quota.
-FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 @contextlib.contextmanager
@@ -301,7 +301,7 @@ def full_disk_as_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             raise StorageFull from error
         raise
 
@@ -590,7 +590,7 @@ class Tokens:
         # Verifying a signature takes a third of a short request, and one that was right stays so:
         # of a token that is known, only the times are checked again. Failures are not cached, so
         # that a flood of bad tokens cannot evict good ones.
-        self._known_caller = functools.lru_cache(maxsize=1024)(self._caller)
+        self._caller_of = functools.lru_cache(maxsize=1024)(self._decode)
 
     def verify(self, header: str | None) -> Caller:
         """Return whose token an Authorization header carries; raises Unauthorised.
@@ -603,7 +603,7 @@ class Tokens:
         match = re.fullmatch(r"Bearer +([\w.~+/=-]+) *", header, re.ASCII | re.IGNORECASE)
         if not match:
             raise InvalidToken("the header is not of the form: Bearer <token>")
-        caller = self._known_caller(match[1])
+        caller = self._caller_of(match[1])
         now = time.time()
         if caller.expires <= now - LEEWAY:
             raise InvalidToken("Signature has expired")
@@ -611,8 +611,8 @@ class Tokens:
             raise InvalidToken("The token is not yet valid (nbf)")
         return caller
 
-    def _caller(self, token: str) -> Caller:
-        """Return what a token says, whose signature must be right; looks at no times."""
+    def _decode(self, token: str) -> Caller:
+        """Return whose a token is, if its signature is right; does not look at its times."""
         try:
             decoded = jwt.decode_complete(token, self._key, **self._checks)
         except QUOTABLE_ERRORS as error:
@@ -659,10 +659,10 @@ class Tokens:
         return jwt.encode(claims, self._secret)
 
     def sign(self, image_id: str, sha256: str, expires: int) -> str:
-        """Return the query of a link that gives these bytes, and no others, until `expires`.
+        """Return the query of a link to the binary with this digest, which lasts until `expires`.
 
         The digest is part of it: after the binary is deleted, a genuine link is still 404, and a
-        forged one 401.
+        forged one 401. Parameters that choose a part of that binary need no signature.
         """
         digest = base64.urlsafe_b64encode(bytes.fromhex(sha256)).decode().rstrip("=")
         signature = self._signature(image_id, digest, str(expires))
@@ -823,7 +823,10 @@ MIN_RUN = 16  # records; fewer are read as fast one by one
 MAX_RUN_PAYLOAD = 250  # bytes: the sum of a record's bytes must fit 16 bits
 MAX_SEGMENTS = 1 << 18
 MAX_PIECES = 1 << 21  # as written, before they are joined; sorting so many takes 100 MiB
-TOO_SCATTERED = f"The data come in more separate pieces than can be checked: {MAX_SEGMENTS:,}"
+TOO_SCATTERED = (
+    f"The data come in more separate pieces than can be checked: {MAX_SEGMENTS:,}, "
+    f"or {MAX_PIECES:,} as they are written"
+)
 MAX_WARNINGS = 40
 
 
@@ -1180,8 +1183,8 @@ CONFIRM_AGAIN = """UPDATE image SET report = :report, raw_size = :raw_size
 # The date in stored stays, as the next binary's date depends on it.
 CLEAR = """UPDATE image SET confirmed = 0, size = NULL, sha256 = NULL, report = NULL,
     raw_size = NULL, updated = :now WHERE id = :id AND tenant = :tenant AND confirmed = 1"""
-# The table removed lists deleted images whose files a crash may have left. The last 10,000 do: the
-# files of earlier ones have been gone for good since a later transaction was synced.
+# The table removed lists deleted images, as a crash may leave their files. The last 10,000 are
+# enough: the files of an earlier one were gone long before the latest deletions were synced.
 REMOVE = (
     f"DELETE {ONE}",
     "INSERT INTO removed (id) VALUES (:id)",
@@ -1233,7 +1236,7 @@ class Image(NamedTuple):
 
 # Raises an error where an image, as it is under the write lock, must not be changed: If-Match.
 Permit = Callable[[Image], None]
-Values = Mapping[str, object]  # of the parameters of a piece of SQL, by their names
+Values = Mapping[str, object]  # of the named parameters of an SQL statement
 
 
 class Binary(NamedTuple):
@@ -1868,8 +1871,7 @@ BYTE_RANGE = re.compile("bytes= *([0-9]*)-([0-9]*) *", re.IGNORECASE)
 JSON_WANTED = "Payload must be valid JSON, and Content-Type set accordingly"
 FORM_WANTED = "Payload must be valid multipart/form-data"
 LARGEST_WINDOW = 256 * MIB
-ADDRESS = "[0-9]{1,18}|0[xX](?:[0-9a-fA-F]{1,8}|100000000)"
-BYTE = "[0-9]{1,18}|0[xX][0-9a-fA-F]{1,2}"
+HEX_ADDRESS, HEX_BYTE = "0[xX](?:[0-9a-fA-F]{1,8}|100000000)", "0[xX][0-9a-fA-F]{1,2}"
 
 
 # From the grammar of RFC 9112 (3, 5, 7.1) and RFC 9110 (5.6.2); linear in time on any input.
@@ -1903,8 +1905,9 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, bytes]:
 def header_size(received: bytearray, checked: int) -> int:
     """Return the size of the header that has been received, 0 where it is not yet whole.
 
-    Raises BadRequest, or status 431 or 505, for what cannot become one, without waiting for its
-    end, which a TLS hello or a request with bare LF never has. `checked` bytes were so before.
+    Raises BadRequest, or status 431 or 505, as soon as it cannot become one: the end of a TLS
+    hello, or of a request with bare LF, would never come. Of what has been received, the first
+    `checked` bytes were looked at by an earlier call.
     """
     end = received.find(b"\r\n\r\n", max(checked - 3, 0))
     if (len(received) if end < 0 else end) > HEADER_LIMIT:
@@ -1913,7 +1916,7 @@ def header_size(received: bytearray, checked: int) -> int:
         return end + 2
     if not REQUEST_START.match(received) or STRAY_LINE_END.search(received, checked - 1):
         raise BadRequest("A request is lines that end in CR LF, the first with a method")
-    # A first line that is longer is read with the rest.
+    # A first line that is longer is only looked at when the header is whole.
     length = received.find(b"\r\n", 0, CHUNK_LINE_LIMIT)
     if length >= max(checked - 1, 0):  # its end has just come
         parse_request_line(bytes(received[:length]))
@@ -2056,13 +2059,14 @@ class Request(HTTPRequestParser):
 
     def keeps_open(self, status: int) -> bool:
         """Tell whether the connection outlives an answer: RFC 9112, 9.3."""
-        wish = {option.strip() for option in self.headers.get("CONNECTION", "").lower().split(",")}
+        header = self.headers.get("CONNECTION", "").lower()
+        options = {option.strip() for option in header.split(",")}
         # After a refused upload without a length, its body may follow, which is no request.
         unframed = not self.chunked and not self.has_length
         if unframed and status >= 400 and self.command in ("PUT", "POST", "PATCH"):
             return False
-        may = self.version == "1.1" or "keep-alive" in wish
-        return may and "close" not in wish
+        persistent = self.version == "1.1" or "keep-alive" in options
+        return persistent and "close" not in options
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # the disk may have no room for what is still to write
@@ -2199,9 +2203,12 @@ def parse_query(environ: Mapping[str, Any]) -> dict[str, str]:
     return query | {name: value for name, value in versions.items() if SEMVER.fullmatch(value)}
 
 
-def parse_number(text: str, low: int, high: int, form: str = "[0-9]{1,18}") -> int:
-    """Return the number in a query's value; raises BadRequest unless it lies in low to high."""
-    if re.fullmatch(form, text):
+def parse_number(text: str, low: int, high: int, hexadecimal: str = "") -> int:
+    """Return the number in a query's value; raises BadRequest unless it lies in low to high.
+
+    It is decimal, or matches the pattern for a hexadecimal one.
+    """
+    if re.fullmatch("[0-9]{1,18}", text) or (hexadecimal and re.fullmatch(hexadecimal, text)):
         value = int(text, 16 if "x" in text.lower() else 10)
         if low <= value <= high:
             return value
@@ -2214,13 +2221,13 @@ def parse_window(query: Mapping[str, str]) -> tuple[int | None, int | None, int]
     Raises BadRequest.
     """
     start, end = (
-        parse_number(query[name], 0, 1 << 32, ADDRESS) if name in query else None
+        parse_number(query[name], 0, MEMORY_SIZE, HEX_ADDRESS) if name in query else None
         for name in ("start", "end")
     )
     empty = start is not None and end is not None and start >= end
     if empty or query.get("format") != "bin":
         raise BadRequest
-    return start, end, parse_number(query.get("fill", "255"), 0, 0xFF, BYTE)
+    return start, end, parse_number(query.get("fill", "255"), 0, 0xFF, HEX_BYTE)
 
 
 def place_window(segments: Segments, start: int | None, end: int | None) -> tuple[int, int]:
@@ -2427,9 +2434,8 @@ TIME, SWITCH = string(format="date-time"), string(enum=["true", "false"])
 SHORT_TEXT = string(minLength=1, maxLength=128, pattern=r"^[^\u0000-\u001f\u007f-\u009f]*$")
 REQUIRED_SCHEMAS = dict.fromkeys(REQUIRED, SHORT_TEXT)
 DIGEST = string(pattern="^[0-9a-fA-F]{64}$")
-HEX_ADDRESS = string(pattern="^0[xX]([0-9a-fA-F]{1,8}|100000000)$")
-ADDRESSES = {"anyOf": [integer(0, 1 << 32), HEX_ADDRESS]}
-BYTES = {"anyOf": [integer(0, 255), string(pattern="^0[xX][0-9a-fA-F]{1,2}$")]}
+ADDRESSES = {"anyOf": [integer(0, MEMORY_SIZE), string(pattern=f"^{HEX_ADDRESS}$")]}
+BYTES = {"anyOf": [integer(0, 255), string(pattern=f"^{HEX_BYTE}$")]}
 PARAMETERS: dict[str, dict[str, Any]] = {
     **REQUIRED_SCHEMAS, "confirmed": SWITCH, "current": string(minLength=1), "image_id": TEXT,
     "limit": integer(1, 1000), "offset": integer(0, 10**18),
@@ -3124,7 +3130,7 @@ def create_app(settings: Settings) -> Application:
     return Application(settings)
 
 
-# ------------------------------------------------------------------------------------- access log
+# ------------------------------------------------------------------------------------- logs
 # What an operator reads: the access log, and the service's own log on standard error. No request
 # waits for either: a line that cannot be written at once is lost.
 
@@ -3154,7 +3160,11 @@ class AccessLog:
         self._file.close()
 
     def write(self, environ: Mapping[str, Any], target: str, status: int, size: int) -> None:
-        """Note an answer: to which target ("" for no request), its status, bytes of body sent."""
+        """Write the line of an answer.
+
+        `target` is what was asked for, "" where there was no request; `size` is how many bytes of
+        the body were sent.
+        """
         request, referrer = target, environ.get("HTTP_REFERER", "-")
         if target:
             request = f"{environ['REQUEST_METHOD']} {target} {environ['SERVER_PROTOCOL']}"
@@ -3258,6 +3268,7 @@ class Threads:
             thread.start()
 
     def run(self, job: Job) -> None:
+        """Have a thread run a job, now or when one is idle; returns at once."""
         with self._lock:
             if self._idle:
                 self._idle.pop().put(job)
@@ -3428,8 +3439,8 @@ class Connection(asyncio.Protocol):
     def _answer(self, request: Request) -> Generator[str, Any, Answer | None]:
         """Return the answer to a request, None where the client has gone."""
         forwarded = request.environ.get("HTTP_X_FORWARDED_FOR", "")
-        named = client_address(self._addresses["REMOTE_ADDR"], forwarded, self._trusted)
-        request.environ |= {**self._addresses, "REMOTE_ADDR": named}
+        client = client_address(self._addresses["REMOTE_ADDR"], forwarded, self._trusted)
+        request.environ |= {**self._addresses, "REMOTE_ADDR": client}
         with contextlib.closing(request):
             if request.has_body:
                 limit = self._application.admission.admit(request.environ)
@@ -3958,7 +3969,7 @@ def fault_of(image: Image, binaries: BinaryStore, copies: BinaryStore | None = N
     except Damaged as error:
         return f"damaged or missing: {error}"
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             raise
         remedy = "let this user read them"
         return f"unreadable: the files of image {image.id} ({error.strerror}): {remedy}"
@@ -4783,7 +4794,7 @@ def serve(settings: Settings, arguments: argparse.Namespace) -> int:
         say_how_to_get_a_token(settings)
         if settings.jwt_secret and len(settings.jwt_secret) < 32:
             say("IMAGE_MANAGER_JWT_SECRET has less than the 32 characters that HS256 asks for")
-        application.catalogue.disconnect()  # no connection of SQLite may cross a fork
+        application.catalogue.disconnect()  # an idle service keeps no file of it open
         run = supervise if settings.workers > 1 else serve_here
         run(application, listener, signals)
     return 0
@@ -4804,7 +4815,7 @@ def say_how_to_get_a_token(settings: Settings) -> None:
 
 def token(settings: Settings, arguments: argparse.Namespace) -> int:
     """Print a token."""
-    if faults := text_faults(arguments.service):
+    if faults := text_faults(arguments.service):  # before a secret is made for nothing
         raise CannotStart(f"--service takes a name of 1 to 128 characters: {faults[0]}")
     secret, path = settings.jwt_secret, settings.data / "secret.key"
     if not secret and not settings.jwt_public_key:
