@@ -4004,6 +4004,8 @@ PROXIES = "127.0.0.1,10.0.0.0/8"
     (PROXIES, "unknown", "127.0.0.1"),
     (PROXIES, "198.51.100.7, unknown, 10.1.2.3", "10.1.2.3"),
     (PROXIES, '198.51.100.7, "x', "127.0.0.1"),
+    (PROXIES, "198.51.100.7, ::ffff:10.1.2.3", "198.51.100.7"),
+    (PROXIES, 'fe80::1%x tenant="boss"', "fe80::1"),  # behind the % of a zone there may be anything
 ])  # fmt: skip
 def test_address_is_the_last_that_is_no_trusted_proxy(tmp_path, caplog, proxies, given, address):
     caplog.set_level("INFO", "image_manager")
@@ -4015,15 +4017,24 @@ def test_address_is_the_last_that_is_no_trusted_proxy(tmp_path, caplog, proxies,
     assert caplog.records[-1].getMessage().startswith(f"{address} tenant=")
 
 
+def test_access_log_is_for_its_owner_and_group_and_a_field_of_it_has_an_end(tmp_path):
+    with logging_server(tmp_path) as (server, lines):
+        with Connection(server) as connection:
+            connection.get("/health", User_Agent="\xe9" * 50_000)
+        assert len(lines(1)[0][-1]) == 2000 * len("\\xe9")
+        assert (tmp_path / "access.log").stat().st_mode & 0o137 == 0
+
+
 @needs_hangup
-@parametrize("workers", [1, 2])
-def test_access_log_is_opened_again_on_hangup(tmp_path, workers):
+@parametrize("workers, before", [(1, []), (2, []), (1, ["nohup"]), (2, ["nohup"])], ids=str)
+def test_access_log_is_opened_again_on_hangup(tmp_path, workers, before):
     path, moved = tmp_path / "access.log", tmp_path / "access.log.1"
 
     def lines(log):
         return log.read_text().count("\n")
 
-    with service(tmp_path / "data", "--workers", workers, "--access-log", path) as server:
+    words = ["--workers", workers, "--access-log", path]
+    with service(tmp_path / "data", *words, before=before) as server:
         assert is_well(server)
         wait_until(lambda: lines(path) == 1)
         path.rename(moved)
@@ -5059,9 +5070,16 @@ def test_page_takes_a_file_in_one_step_and_shows_what_is_in_it(bench, tmp_path):
     page.fill("Go to", "266")
     page.press("Enter", 13, "\r")
     page.wait("document.querySelector('#dump').textContent.startsWith('00000100')")
+    page.fill("Go to", "08000000")  # as the dump writes it
+    page.press("Enter", 13, "\r")
+    page.wait("document.querySelector('#dump').textContent.startsWith('08000000')")
     page.fill("Go to", "0x9000000")
     page.press("Enter", 13, "\r")
     page.wait("alert().includes('The data end at 0x08000004')")
+    for text in ("-5", "1e1", "0b1", "0x123456789", "here"):
+        page.fill("Go to", text)
+        page.press("Enter", 13, "\r")
+        page.wait("alert().includes('Go to takes an address')")
     asked = [event["request"]["url"] for event in page.events("Network.requestWillBeSent")]
     windows = [url.partition("?")[2] for url in asked if "format=bin" in url]
     assert set(windows) == {
@@ -5234,6 +5252,7 @@ def test_page_goes_on_with_an_upload_while_one_looks_elsewhere(bench, tmp_path, 
     assert page.js("!button('Cancel')")  # it would come too late
     page.open(other)
     page.sees("the server checks it", "other 1.0.0")
+    page.wait("document.activeElement.id === 'title'")
     held.set()
     page.sees("new 1.0.0 is stored. It is sound Intel HEX.")
     assert page.js("location.hash") == "#" + other
@@ -5360,10 +5379,14 @@ def test_page_cuts_each_long_gap_and_marks_an_entry_point_without_data(bench):
     content = "".join([*rows, record(4, 0, b"\x10\0"), record(0, 0, b"x"), END]).encode()
     page.open(client_of(server.application).stored(content))
     page.wait("document.querySelectorAll('svg .data').length === 2")  # however small
+    rows = [record(0, 0x100, bytes(200)), record(5, 0, b"\x08\0\0\5")]
+    page.open(client_of(server.application).stored(hex_file(*rows)))
+    page.sees("0x08000005, where there are no data")
+    page.wait("document.querySelectorAll('svg .entry').length === 0")
 
 
 def test_page_downloads_from_its_own_origin_though_links_name_another(browser, tmp_path):
-    settings = Settings(data=tmp_path / "data", public_url="https://fw.example.com")
+    settings = Settings(data=tmp_path / "data", public_url="https://fw.example.com/it's")
     with running(settings) as server:
         image_id = client_of(server.application).stored()
         with contextlib.closing(Tab(browser, server, server.token())) as page:
@@ -5372,7 +5395,11 @@ def test_page_downloads_from_its_own_origin_though_links_name_another(browser, t
             page.click("hex")
             wait_until(lambda: (tmp_path / "sensor-1.0.0.hex").exists(), 20)
             page.click("Make a link")
-            page.wait("field('Link')?.value.startsWith('https://fw.example.com/image/')")
+            page.wait('field("Link")?.value.startsWith("https://fw.example.com/it\'s/image/")')
+            link, *words = page.js("[field('Link').value, field('With curl').value]")
+            assert shlex.split(words[0])[-1] == link
+            page.js("field('Valid for').dispatchEvent(new Event('change'))")
+            page.wait("!field('Link')")  # it is not for the time that is chosen now
 
 
 def test_page_makes_links_and_commands_that_work(bench, tmp_path):
@@ -5470,7 +5497,7 @@ def test_page_lists_the_newest_first_and_filters_while_one_types(bench):
     assert len(page.js(rows)) == 400
     page.fill("Filter", "LABEL 12")
     page.wait(f"{rows}.length === 11")
-    page.fill("Filter", "1.123.")
+    page.fill("Filter", "label 123 1.123")  # as the page calls the image
     page.wait(f"{rows}.length === 1")
     page.fill("Filter", ids[7][:13].upper())
     page.wait(f"{rows}.length === 1")
@@ -6095,7 +6122,7 @@ def test_damaged_catalogue_stops_the_start_and_is_named_by_verify_and_backup(tmp
     database.write_bytes(content)
     for words in (["verify"], ["backup", tmp_path / "copy"]):
         status, out, _ = command(*words, "--data", data)
-        assert status == 1 and "damaged: the catalogue (" in out
+        assert status == 1 and "damaged: the catalogue (" in out and "***" not in out
     no_start(data, "catalogue", "backup")
     with pytest.raises(CannotStart, match="backup"), running(Settings(data=data)):
         pass
@@ -6222,6 +6249,8 @@ def test_child_that_is_no_worker_is_none_of_the_services_business(tmp_path):
     with service(tmp_path, "--workers", "2", before=shell) as server:
         time.sleep(1)
         assert is_well(server)
+        states = [Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in workers_of(server)]
+        assert len(states) == 2 and "Z" not in states
 
 
 def test_workers_end_when_the_first_process_is_killed_and_the_next_start_works_at_once(tmp_path):
