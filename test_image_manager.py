@@ -907,7 +907,7 @@ def read_hex(content, cuts=()):
     edges = [0, *cuts, len(content)]
     data = b"".join(reader.feed(content[a:b]) for a, b in itertools.pairwise(edges))
     data += reader.finish()
-    layout, placed = types.types.SimpleNamespace(**reader.report()), {}
+    layout, placed = types.SimpleNamespace(**reader.report()), {}
     layout.segments = [(int(run["address"], 16), run["size"]) for run in layout.segments]
     for extent in reader.pieces.extents():
         for at in range(extent.size):
