@@ -4082,17 +4082,15 @@ PAGE_STYLE = r"""
 * { box-sizing: border-box; margin: 0; accent-color: var(--accent); }
 body { margin: 0 auto; padding: 0 1rem 3rem; max-width: 68rem; background: var(--back);
   color: var(--text); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; padding: 1rem 0;
-  border-bottom: 1px solid var(--line); }
+header { padding: 1rem 0; border-bottom: 1px solid var(--line); }
 h1, .panel h2 { font-size: 1.1rem; }
-main > *, #content > * + * { margin-top: 1rem; }
-#title + p { margin-top: .25rem; }
-.panel > * + *, #list > * + *, #links > *, [role=alert] > *, dialog .row { margin-top: .75rem; }
-.panel, [role=alert], dialog { border: 1px solid var(--line); border-radius: .5rem; padding: 1rem;
+main > *, .stack > * + * { margin-top: 1rem; }
+.panel { border: 1px solid var(--line); border-radius: .5rem; padding: 1rem;
   background: var(--panel); color: var(--text); }
 [role=alert] { position: sticky; top: .5rem; border-left: 4px solid var(--bad); }
-.row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
-#who, #sending { align-items: center; margin-left: auto; }
+.row { display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: end; }
+.middle { align-items: center; }
+#who { margin-left: auto; }
 .grow { flex: 1 1 9rem; min-width: 0; }
 a, strong { color: var(--accent); }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
@@ -4100,18 +4098,16 @@ h2:focus-visible { outline: none; }  /* where the reading begins, and nothing to
 label, th { font-size: .875rem; color: var(--quiet); }
 input, select, button { font: inherit; color: var(--text); background: var(--back);
   border: 1px solid var(--quiet); border-radius: .35rem; padding: .4rem .7rem; min-height: 2.6rem; }
-label input, label select { display: block; width: 100%; margin-top: .15rem; }
+label :is(input, select) { display: block; width: 100%; margin-top: .15rem; }
 input[type=file] { color: transparent; }  /* the name is shown below, that of a dropped file too */
-::file-selector-button { font: inherit; color: var(--text); background: var(--panel);
-  border: 1px solid var(--line); border-radius: .25rem; }
+::file-selector-button { font: inherit; border: 1px solid var(--line); border-radius: .25rem; }
 button, #list tbody tr { cursor: pointer; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--back); }
 button:disabled { opacity: .55; cursor: default; }
 .bad { color: var(--bad); border-color: var(--bad); }
 .quiet, dt { color: var(--quiet); }
-code, pre, .mono { font: .875rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
+code, pre, .mono, svg text { font: .875rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
 pre { font-size: min(.875rem, 2.8vw); overflow-x: auto; }
-[role=alert] pre { white-space: pre-wrap; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .25rem 1.25rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .4rem min(1rem, 2vw) .4rem 0; border-bottom: 1px solid var(--line);
@@ -4120,59 +4116,67 @@ th, td { padding: .4rem min(1rem, 2vw) .4rem 0; border-bottom: 1px solid var(--l
 th, td code, #list td:nth-child(n + 3) { white-space: nowrap; }
 #list tbody tr:hover { background: var(--panel); }
 #map { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+svg text { font-size: 12px; }
 svg { max-width: 100%; height: auto; fill: var(--text); }
-svg text { font: 12px ui-monospace, Menlo, Consolas, monospace; }
 svg .gap { fill: var(--quiet); }
 svg .data { fill: var(--accent); }
 svg .cut { fill: none; stroke: var(--quiet); stroke-dasharray: 3 3; }
 dialog { margin: auto; max-width: min(30rem, 92vw); }
 dialog::backdrop { background: rgb(0 0 0 / 55%); }
-@media (max-width: 48rem) {
-  #list :is(th, td):nth-child(5) { display: none; }
-}
+@media (max-width: 48rem) { #list :is(th, td):nth-child(5) { display: none; } }
 """
 
 PAGE_SCRIPT = r"""
 "use strict";
 const BASE = location.pathname.replace(/\/+$/, "");  // with the prefix, if there is one
 const RIGHTS = ["read", "write", "delete"];
-const ROWS = 200, SEGMENTS = 1000, LINE = 500, DUMP_ROWS = 32, MIB = 1 << 20;
+const ROWS = 200, SEGMENTS = 1000, LINE = 500, DUMP_ROWS = 32;
+const HOUR = 3600;
+const LASTING = {[HOUR]: "1 hour", 86400: "1 day", 604800: "7 days", 2592000: "30 days"};
 const state = {
-  token: sessionStorage.getItem("token") || "", refused: "",  // by the server
-  images: null, filter: "", shown: ROWS,
-  image: null, link: null, lasting: 3600, dump: null, goTo: "",
+  token: sessionStorage.getItem("token") || "", images: null, filter: "", shown: ROWS,
+  image: null, link: null, lasting: HOUR, dump: null, goTo: "",
   file: null, typed: {}, upload: null, failed: null,  // why the last upload did
   alert: null, news: "",
 };
 
+function update(changes) {
+  Object.assign(state, changes);
+  render();
+}
+
 // Elements and text.
 
-function element(tag, attributes = {}, ...children) {
+function element(tag, ...children) {  // the first of them may be its attributes
+  const attributes = children[0]?.constructor === Object ? children.shift() : {};
   const made = ["svg", "rect", "text", "path"].includes(tag)
     ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
     else if (value !== false) made.setAttribute(name, value);
   }
-  return fill(made, ...children);
+  return fill(made, children);
 }
 
 function fill(parent, ...children) {  // what is null, false or "" is left out
-  parent.replaceChildren(...children.flat(2).filter(Boolean));
+  parent.replaceChildren(...children.flat(3).filter(Boolean));
   return parent;
 }
 
-const button = (text, action, attributes = {}) =>
-  element("button", {type: "button", onclick: action, ...attributes}, text);
+const {a, bdi, code, dd, dialog, div, dl, dt, form, h2, input, label, li, option, p, pre, section,
+  select, span, strong, table, tbody, td, th, thead, tr, ul} =
+  new Proxy({}, {get: (_, tag) => element.bind(null, tag)});
+const byId = id => document.getElementById(id);
+const button = (text, onclick, attributes = {}) =>
+  element("button", {type: "button", onclick, ...attributes}, text);
+const submit = (text, disabled = false) => element("button", {class: "main", disabled}, text);
 const idOf = name => name.toLowerCase().replace(" ", "");
-const field = (name, attributes) => element("label", {class: "grow"}, name,
-  element("input", {id: idOf(name), autocomplete: "off", spellcheck: "false", ...attributes}));
+const field = (name, attributes) => label({class: "grow"}, name,
+  input({id: idOf(name), autocomplete: "off", spellcheck: "false", ...attributes}));
 const panel = (title, ...children) =>
-  element("section", {class: "panel"}, title && element("h2", {}, title), children);
-const row = (...cells) => element("tr", {}, cells.map(cell => element("td", {}, cell)));
-
-const table = (heads, rows) => element("table", {}, element("thead", {}, element("tr", {},
-  heads.map(name => element("th", {scope: "col"}, name)))), rows);
+  section({class: "panel stack"}, title && h2(title), children);
+const row = (...cells) => tr(cells.map(cell => td(cell)));
+const heads = (...names) => thead(tr(names.map(name => th({scope: "col"}, name))));
 
 // What would turn round the text beside it is named.
 const plain = text => text.replace(/[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g,
@@ -4182,13 +4186,12 @@ const address = number => "0x" + hex(number, 8);
 const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 const TIME = new Intl.DateTimeFormat(undefined, {dateStyle: "medium", timeStyle: "medium"});
 const time = text => TIME.format(new Date(text));
-const quoted = text => "'" + text.replace(/'/g, "'\\''") + "'";  // for a shell
 const title = image => plain(`${image.label} ${image.fw_version}`);
 
 function size(bytes) {
-  const power = Math.min(Math.floor(Math.log2(Math.max(bytes, 1)) / 10), 3);
-  if (!power) return counted(bytes, "byte");
-  return `${(bytes / 1024 ** power).toFixed(1)} ${" KMG"[power]}iB`;
+  const power = Math.min(Math.floor(Math.log2(bytes) / 10), 3);
+  return bytes < 1024 ? counted(bytes, "byte")
+    : `${(bytes / 1024 ** power).toFixed(1)} ${" KMG"[power]}iB`;
 }
 
 const exactSize = bytes => bytes < 1024 ? size(bytes) : `${size(bytes)} (${bytes} bytes)`;
@@ -4201,21 +4204,20 @@ function ask(method, path, {token = state.token, json, file, range, signal, onpr
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     signal?.throwIfAborted();
-    signal?.addEventListener("abort", () => request.abort());
+    signal?.addEventListener("abort", () => { request.abort(); reject(signal.reason); });
     request.open(method, BASE + path);
     request.responseType = "arraybuffer";
     request.setRequestHeader("Authorization", "Bearer " + token);
     if (json) request.setRequestHeader("Content-Type", "application/json");
     if (range) request.setRequestHeader("Range", range);
     request.upload.onprogress = request.upload.onload = onprogress;
-    request.onabort = () => reject(signal?.reason);
     request.onerror = () => reject(new Error("The connection is broken: is the service running?"));
     request.onload = () => {
       const {status, response} = request;
       const isJson = request.getResponseHeader("Content-Type") === "application/json";
       const answer = isJson ? JSON.parse(new TextDecoder().decode(response)) : response;
       if (status < 300) return resolve(answer);
-      if (status === 401 && token === state.token) state.refused = token;
+      if (status === 401 && token === state.token) state.token = "";
       const {message = `The server answered ${status}`, errors = {}} = answer;
       reject(new Error([message, ...Object.entries(errors).flat(2)].join(": ")));
     };
@@ -4232,32 +4234,32 @@ async function attempt(kind, action, reset = {}) {
   state.alert = null;
   const changes = await action().catch(error => ({alert: error}));
   if (wanted[kind] !== mine) return false;
-  Object.assign(state, reset, changes);
-  render();
+  update({...reset, ...changes});
   return !state.alert;
 }
 
 // The token, and going from one place to another.
 
-function readToken() {  // who it is for and what it may do; the server alone checks it
-  let claims = null;
+function claims() {  // what the token says; the server alone checks it
   try {
     const part = atob(state.token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/"));
     const bytes = Uint8Array.from(part, character => character.charCodeAt(0));
-    claims = JSON.parse(new TextDecoder().decode(bytes));
-  } catch { /* the server will say what is wrong with it */ }
-  const words = [claims?.scope].flat().join(" ").split(" ");
-  const named = RIGHTS.filter(right => words.includes("image:" + right));
-  return {tenant: String(claims?.service || ""), rights: named.length ? named : RIGHTS};
+    return JSON.parse(new TextDecoder().decode(bytes)) ?? {};
+  } catch {
+    return {};  // the server will say what is wrong with it
+  }
 }
 
-const isIn = () => state.token !== "" && state.token !== state.refused;
-const may = right => isIn() && readToken().rights.includes(right);
+function may(right) {
+  const words = [claims().scope].flat().join(" ").split(" ");
+  const named = words.filter(word => word.startsWith("image:"));
+  return state.token !== "" && (!named.length || named.includes("image:" + right));
+}
 
 function useToken(event) {  // without what cannot be seen, pasted with it
   const token = event.target.elements.token.value.replace(/^\s*Bearer\s|[^!-~]/gi, "");
   sessionStorage.setItem("token", token);
-  Object.assign(state, {token, refused: "", images: null});
+  Object.assign(state, {token, images: null});
   go();
 }
 
@@ -4283,16 +4285,13 @@ async function go(news = "") {  // until the answer comes, what is shown stays
   }, {image: null, link: null, dump: null, goTo: ""});
   if (!shown || !state.image) return;
   scrollTo(0, 0);
-  document.getElementById("title").focus();
+  byId("title").focus();
   if (hasBytes(state.image)) await attempt("dump", () => readDump(state.image, 0));
 }
 
 // Uploading.
 
-function choose(file) {
-  Object.assign(state, {file, failed: null, news: ""});
-  render();
-}
+const choose = file => update({file, failed: null, news: ""});
 
 function names() {  // as the file's name suggests, where a person has typed nothing else
   const stem = (state.file?.name || "").replace(/\.[A-Za-z]\w{0,4}$/, "");
@@ -4307,8 +4306,7 @@ async function upload(query = "") {
   if (!state.file || state.upload) return;
   const {file, image, token} = state, json = names(), stopper = new AbortController();
   let id = image?.id, checked;
-  Object.assign(state, {upload: {file, sent: 0, stopper}, failed: null, news: ""});
-  render();
+  update({upload: {file, sent: 0, stopper}, failed: null, news: ""});
   try {
     await file.slice(0, 1).arrayBuffer().catch(() => {
       throw new Error("The file has changed since it was chosen: choose it again");
@@ -4317,14 +4315,11 @@ async function upload(query = "") {
     ({checked} = await ask("PUT", `/image/${id}/binary${query}`,
       {token, file, signal: stopper.signal, onprogress: event => showProgress(event.loaded)}));
   } catch (error) {
-    const [, line] = /\bline (\d+)/.exec(error.message) || [];
-    if (line) error.line = await lineOf(file, Number(line)).catch(() => "");
+    const line = await lineOf(file, error.message).catch(() => "");
     if (id && !image) await ask("DELETE", `/image/${id}`, {token}).catch(() => {
       error.message += `. Image ${id} was left without a binary`;
     });
-    error.image = image;
-    Object.assign(state, {upload: null, failed: error});
-    return render();
+    return update({upload: null, failed: Object.assign(error, {image, line})});
   }
   const verdict = checked ? "It is sound Intel HEX." : "It was not checked.";
   const news = `${title(image || json)} is stored. ${verdict}`;
@@ -4336,16 +4331,10 @@ async function upload(query = "") {
 
 const cancel = () => state.upload.stopper.abort(new Error("The upload was cancelled"));
 
-async function lineOf(file, number) {
-  let text = "", line = 1, before = 0;
-  for (let at = 0; at < file.size && line <= number; at += MIB)
-    for (const byte of new Uint8Array(await file.slice(at, at + MIB).arrayBuffer())) {
-      if (byte === 13 || (byte === 10 && before !== 13)) line++;
-      else if (line === number && byte !== 10 && text.length <= LINE)
-        text += String.fromCharCode(byte);
-      before = byte;
-    }
-  return text.length > LINE ? text.slice(0, LINE) + " … (cut off here)" : text;
+async function lineOf(file, message) {  // the line that the server's sentence names
+  const [, number] = /\bline (\d+)/.exec(message) || [];
+  const line = number && (await file.text()).split(/\r\n?|\n/, number)[number - 1];
+  return line?.length > LINE ? line.slice(0, LINE) + " … (cut off here)" : line;
 }
 
 // What lies where.
@@ -4377,8 +4366,8 @@ function isOutside(image) {  // the entry point, of all that the file has
 const total = pieces => pieces.reduce((sum, {at, end}) => sum + end - at, 0);
 
 function drawMap(image) {
-  const parts = segments(image), entry = image.hex.start_address, shapes = [];
-  const begin = parts[0].at, {end} = parts.at(-1), data = total(parts);
+  const parts = segments(image), entry = image.hex.start_address, mark = Number(entry);
+  const begin = parts[0].at, {end} = parts.at(-1), data = total(parts), shapes = [];
   const pieces = parts.flatMap((part, number) => {
     const before = number ? parts[number - 1].end : begin;
     const kind = part.at - before > data / 4 ? "cut" : "gap";  // a long one is cut short
@@ -4386,40 +4375,40 @@ function drawMap(image) {
   });
   const cuts = pieces.filter(({kind}) => kind === "cut");
   const scale = 240 / (end - begin - total(cuts));
-  const mark = Number(entry);
   let y = 14, drawn = 0, labelled = -20, marked = y;
-  const label = (text, at, kind = "") => {
+  const draw = (tag, attributes, text) => shapes.push(element(tag, attributes, text));
+  const name = (text, at, kind = "") => {
     if (at < labelled + 16) return;  // it would lie on the one above
-    shapes.push(element("text", {class: kind, x: 104, y: at + 4}, text));
+    draw("text", {class: kind, x: 104, y: at + 4}, text);
     labelled = at;
   };
   for (const {kind, at, end} of pieces) {
     const height = kind === "cut" ? Math.min(40, 480 / cuts.length) : (end - at) * scale;
+    const seen = Math.max(height, 2);
     if (kind !== "gap" && y + height - drawn > 0.5) {  // of thousands, one shape to a pixel
-      const seen = Math.max(height, 2);
-      shapes.push(element("rect", {class: kind, x: 12, y, width: 76, height: seen}));
+      draw("rect", {class: kind, x: 12, y, width: 76, height: seen});
       if (kind === "data") drawn = y + seen;
     }
-    if (kind === "data") label(address(at), y);
-    if (kind === "cut") label(`gap of ${size(end - at)}`, y + height / 2, "gap");
+    if (kind === "data") name(address(at), y);
+    if (kind === "cut") name(`gap of ${size(end - at)}`, y + height / 2, "gap");
     if (mark > at && mark <= end) marked = y + height * (mark - at) / (end - at);
     y += height;
   }
-  label(`${address(end)} end`, Math.max(y, labelled + 16), "gap");
-  if (entry && !isOutside(image)) shapes.push(
-    element("text", {x: 232, y: marked + 4}, "entry point"),
-    element("path", {class: "entry", d: `M0 ${marked - 6}l12 6l-12 6z`}));
+  name(`${address(end)} end`, Math.max(y, labelled + 16), "gap");
+  if (entry && !isOutside(image)) {
+    draw("text", {x: 232, y: marked + 4}, "entry point");
+    draw("path", {class: "entry", d: `M0 ${marked - 6}l12 6l-12 6z`});
+  }
   const said = `Memory map: ${counted(parts.length, "segment")} with ${exactSize(data)} `
     + `from ${address(begin)} to ${address(end)}` + (entry ? `, entry point ${entry}` : "");
-  const bottom = labelled + 14;
-  return element("svg", {role: "img", "aria-label": said, width: 320, height: bottom,
-    viewBox: `0 0 320 ${bottom}`}, shapes);
+  const box = `0 0 320 ${labelled + 14}`;
+  return element("svg", {role: "img", "aria-label": said, width: 320, viewBox: box}, shapes);
 }
 
 async function readDump(image, from) {
   if (Number.isNaN(from))
     throw new Error("Go to takes an address: 0x08000000, or a decimal number");
-  const parts = segments(image), lines = new Set();  // the addresses where lines begin
+  const parts = segments(image), lines = new Set(), bytes = new Map();  // both by address
   for (const part of parts.filter(part => part.end > from)) {
     const at = Math.max(part.at, from);
     for (let line = at - at % 16; line < part.end && lines.size < DUMP_ROWS; line += 16)
@@ -4427,26 +4416,27 @@ async function readDump(image, from) {
   }
   const {end} = parts.at(-1);
   if (!lines.size) throw new Error(`The data end at ${address(end)}`);
-  const [first] = lines, next = [...lines].at(-1) + 16;
-  const near = parts.filter(part => part.end > first && part.at < next);
-  const isData = at => near.some(part => part.at <= at && at < part.end);
-  const runs = groups(lines, (run, line) => line === run.at(-1) + 16);
-  const texts = await Promise.all(runs.map(async (run, number) => {
+  await Promise.all(groups(lines, (run, line) => line === run.at(-1) + 16).map(async run => {
     const [begin] = run, end = run.at(-1) + 16;
-    const bytes = new Uint8Array(await (image.hex
+    const answer = new Uint8Array(await (image.hex
       ? ask("GET", `/image/${image.id}/binary?format=bin&start=${begin}&end=${end}`)
       : ask("GET", `/image/${image.id}/binary`, {range: `bytes=${begin}-${end - 1}`})));
-    const rows = run.map(line => dumpLine(line, [...Array(16).keys()].map(column =>
-      isData(line + column) ? bytes[line + column - begin] : null)));
-    const gap = number && begin - runs[number - 1].at(-1) - 16;
-    return gap ? [`          .. gap of ${size(gap)}`, ...rows] : rows;
+    for (const part of parts)  // what is of none of them, the server has filled in
+      for (let at = Math.max(part.at, begin); at < Math.min(part.end, end); at++)
+        bytes.set(at, answer[at - begin]);
   }));
-  return {dump: {text: texts.flat().join("\n"), next: next < end ? next : null}};
+  const text = [...lines].map((line, number, all) => {
+    const gap = number && line - all[number - 1] - 16;
+    return (gap ? `          .. gap of ${size(gap)}\n` : "") + dumpLine(line, bytes);
+  }).join("\n");
+  const next = [...lines].at(-1) + 16;
+  return {dump: {text, next: next < end ? next : null}};
 }
 
 function dumpLine(line, bytes) {
-  const digits = bytes.map(byte => byte === null ? ".." : hex(byte, 2)).join(" ");
-  const text = bytes.map(byte => byte === null ? " "
+  const columns = [...Array(16).keys()].map(column => bytes.get(line + column) ?? null);
+  const digits = columns.map(byte => byte === null ? ".." : hex(byte, 2)).join(" ");
+  const text = columns.map(byte => byte === null ? " "
     : byte > 31 && byte < 127 ? String.fromCharCode(byte) : "·").join("");
   return `${hex(line, 8)}  ${digits}  ${text}`;
 }
@@ -4457,10 +4447,10 @@ function render() {
   const key = one => one.id || one.textContent;
   const {activeElement: before} = document, caret = before.selectionStart;
   const focused = key(before), {top} = before.getBoundingClientRect();
-  fill(document.getElementById("who"), isIn() && whoView());
-  fill(document.getElementById("content"), alertView(state.alert), alertView(state.failed),
-    sendingView(), isIn() ? placeView() : tokenView());
-  document.getElementById("news").textContent = state.news;
+  fill(byId("who"), state.token && whoView());
+  fill(byId("content"), alertView(state.alert), alertView(state.failed),
+    sendingView(state.upload), state.token ? placeView(state) : tokenView());
+  byId("news").textContent = state.news;
   document.title = (state.image ? title(state.image) + " - " : "") + "Image Manager";
   if (state.upload) showProgress(state.upload.sent);
   // What had the focus has it again, as another element, and stays where it is on the screen.
@@ -4474,33 +4464,30 @@ function render() {
 
 function whoView() {
   const said = RIGHTS.filter(right => !may(right)).map(right => `This token may not ${right}`);
-  const {tenant} = readToken();
-  if (tenant) said.unshift(`Tenant ${plain(tenant)}`);
-  return [element("a", {href: "#"}, "All images"),
-    said.map(text => element("span", {class: "quiet"}, text)), button("Forget token", forgetToken)];
+  const {service} = claims();
+  if (service) said.unshift(`Tenant ${plain(String(service))}`);
+  return [a({href: "#"}, "All images"), span({class: "quiet"}, said.join(". ")),
+    button("Forget token", forgetToken)];
 }
 
 function alertView(error) {
-  if (!error) return null;
-  const unchecked = error.image === state.image && error.message.includes("?validate=false");
-  return element("div", {role: "alert"}, plain(error.message),
-    error.line && element("pre", {}, plain(error.line)),
-    unchecked && element("p", {}, button("Store it unchecked", () => upload("?validate=false"))));
+  const unchecked = error?.image === state.image && error.message.includes("?validate=false");
+  return error && div({role: "alert", class: "panel stack"}, p(plain(error.message)),
+    error.line && pre(plain(error.line)),
+    unchecked && button("Store it unchecked", () => upload("?validate=false")));
 }
 
 function tokenView() {
-  return element("form", {class: "panel", onsubmit: useToken},
-    element("p", {}, "A token lets you in. When the service starts, it prints the command that "
-      + "makes one: ", element("code", {}, "image_manager.py token"), "."),
-    element("div", {class: "row"},
-      field("Token", {required: true, class: "mono", value: state.token}),
-      element("button", {class: "main"}, "Use token")));
+  return form({class: "panel stack", onsubmit: useToken},
+    p("A token lets you in. When the service starts, it prints the command that makes one: ",
+      code("image_manager.py token"), "."),
+    div({class: "row"}, field("Token", {required: true, class: "mono"}), submit("Use token")));
 }
 
-function placeView() {
-  if (state.image) return imageView(state.image);
+function placeView({image, images}) {
+  if (image) return imageView(image);
   if (place() && may("read")) return null;  // there is no such image
-  return [may("write") && uploadView(), state.images && listView()];
+  return [may("write") && uploadView(), images && listView(images)];
 }
 
 function uploadView() {
@@ -4509,38 +4496,35 @@ function uploadView() {
   const text = (name, key) => field(name, {required: true, maxlength: 128, value: suggested[key],
     oninput: event => { state.typed[key] = event.target.value; }});
   return panel(image ? "Upload the binary" : "Upload an image",
-    element("form", {class: "row", onsubmit: () => upload()},
+    form({class: "row", onsubmit: () => upload()},
       // render() makes this anew: so the same file, mended, can be chosen again.
       field("File", {type: "file", onchange: event => choose(event.target.files[0])}),
       !image && [text("Label", "label"), text("Version", "fw_version")],
-      element("button", {class: "main", disabled: !file}, "Upload")),
-    element("p", {class: "quiet"}, file ? `${plain(file.name)}, ${exactSize(file.size)}`
+      submit("Upload", !file)),
+    p({class: "quiet"}, file ? `${plain(file.name)}, ${exactSize(file.size)}`
       : "Choose a file, or drop one anywhere on this page."));
 }
 
-function sendingView() {
-  return state.upload && panel(`Uploading ${plain(state.upload.file.name)}`,
-    element("div", {id: "sending", class: "row"},
-      // At the left end, where no second click on Upload hits it.
-      button("Cancel", cancel, {id: "cancel"}),
-      element("progress", {id: "progress", class: "grow", "aria-label": "Upload"}),
-      element("span", {id: "sent", role: "status"})));
+function sendingView(upload) {
+  return upload && panel(`Uploading ${plain(upload.file.name)}`, div({class: "row middle"},
+    // At the left end, where no second click on Upload hits it.
+    button("Cancel", cancel, {id: "cancel"}),
+    element("progress", {id: "progress", class: "grow", "aria-label": "Upload"}),
+    span({id: "sent", role: "status"})));
 }
 
 function showProgress(sent) {
   const {file} = state.upload, all = sent >= file.size;
   state.upload.sent = sent;
-  document.getElementById("progress").value = all ? 1 : sent / file.size;
-  document.getElementById("sent").textContent =
+  byId("progress").value = all ? 1 : sent / file.size;
+  byId("sent").textContent =
     all ? "All is sent: the server checks it" : `${Math.floor(100 * sent / file.size)} %`;
-  document.getElementById("cancel").hidden = all;  // it would come too late
+  byId("cancel").hidden = all;  // it would come too late
 }
 
-function listView() {
-  const {images} = state, count = element("p", {class: "quiet", role: "status"});
-  const rows = element("tbody", {onclick: ({target}) => {  // anywhere in a row
-    if (target.tagName !== "A") target.closest("tr").querySelector("a").click();
-  }});
+function listView(images) {
+  const count = p({class: "quiet", role: "status"}), rows = tbody({onclick: ({target}) =>
+    target.tagName !== "A" && target.closest("tr").querySelector("a").click()});
   const filter = field("Filter", {type: "search", value: state.filter, oninput: () => show(ROWS)});
   const more = button("Show more", () => show(state.shown + ROWS));
   const show = shown => {  // this alone changes while one types
@@ -4549,21 +4533,18 @@ function listView() {
     const found = images.filter(({label, fw_version, id}) =>
       `${label} ${fw_version} ${id}`.toLowerCase().includes(sought));
     fill(rows, found.slice(0, shown).map(listRow));
-    count.textContent = images.length ? `${found.length} of ${images.length} images`
-      : "No image is stored yet.";
+    fill(count, images.length ? `${found.length} of ${images.length} images`
+      : "No image is stored yet.");
     more.hidden = found.length <= shown;
   };
   show(state.shown);
-  return element("section", {id: "list"}, filter, count,
-    images.length > 0 && table(["Label", "Version", "Size", "Checked", "Created"], rows), more);
+  return section({id: "list", class: "stack"}, filter, count, images.length > 0
+    && table(heads("Label", "Version", "Size", "Checked", "Created"), rows), more);
 }
 
-function listRow({id, label, fw_version, confirmed, checked, size: bytes, created}) {
-  return row(element("a", {href: "#" + id}, plain(label).trim() || id), plain(fw_version),
-    confirmed && size(bytes),
-    checked ? "sound" : confirmed ? element("span", {class: "bad"}, "unchecked") : "no binary",
-    time(created));
-}
+const listRow = ({id, label, fw_version, confirmed, checked, size: bytes, created}) => row(
+  a({href: "#" + id}, plain(label).trim() || id), plain(fw_version), confirmed && size(bytes),
+  checked ? "sound" : confirmed ? span({class: "bad"}, "unchecked") : "no binary", time(created));
 
 function imageView(image) {
   const {confirmed, checked, hex: layout} = image, warnings = layout?.warnings || [];
@@ -4571,43 +4552,38 @@ function imageView(image) {
   const verdict = !confirmed ? "Not confirmed: there is no binary yet"
     : checked ? `The binary is confirmed. Checked: sound Intel HEX${warned}`
     : "The binary is confirmed. Not checked: stored as it is, as this is no sound Intel HEX";
-  const members = [
-    ["Id", element("code", {}, image.id)],
-    ["Created", time(image.created)],
-    ["Updated", image.updated && time(image.updated)],
-    ["Size", confirmed && exactSize(image.size)],
-    ["SHA-256", confirmed && element("code", {}, image.sha256)],
-    ["Records", layout && `${layout.records}, with ${exactSize(layout.bytes)} of data`],
-    ["Entry point", layout?.start_address && layout.start_address
-      + (isOutside(image) ? ", where there are no data" : "")],
-  ].filter(([, value]) => value);
+  const members = {
+    "Id": code(image.id),
+    "Created": time(image.created),
+    "Updated": image.updated && time(image.updated),
+    "Size": confirmed && exactSize(image.size),
+    "SHA-256": confirmed && code(image.sha256),
+    "Records": layout && `${layout.records}, with ${exactSize(layout.bytes)} of data`,
+    "Entry point": layout?.start_address
+      && layout.start_address + (isOutside(image) ? ", where there are no data" : ""),
+  };
   return [
-    element("h2", {id: "title", tabindex: -1},
-      element("bdi", {}, plain(image.label)), " ", element("bdi", {}, plain(image.fw_version))),
-    element("p", {}, element("strong", {class: checked ? "" : confirmed ? "bad" : "quiet"},
-      verdict)),
-    panel("", element("dl", {}, members.flatMap(([name, value]) =>
-      [element("dt", {}, name), element("dd", {}, value)]))),
+    h2({id: "title", tabindex: -1}, bdi(plain(image.label)), " ", bdi(plain(image.fw_version))),
+    p(strong({class: checked ? "" : confirmed ? "bad" : "quiet"}, verdict)),
+    panel("", dl(Object.entries(members).map(([name, value]) => value && [dt(name), dd(value)]))),
     confirmed ? downloadView(image) : may("write") && uploadView(),
-    warned && panel("Warnings",
-      element("ul", {}, warnings.map(text => element("li", {}, text)))),
-    layout?.segments.length > 0 && panel("Memory map",
-      element("div", {id: "map"}, drawMap(image), segmentTable(segments(image)))),
-    state.dump && dumpView(image),
+    warned && panel("Warnings", ul(warnings.map(text => li(text)))),
+    layout?.segments.length > 0
+      && panel("Memory map", div({id: "map"}, drawMap(image), segmentTable(segments(image)))),
+    state.dump && dumpView(image, state.dump),
     may("delete") && deletionView(image),
   ];
 }
 
-const makeLink = (image, seconds) =>
-  ask("POST", `/image/${image.id}/binary/link`, {json: {expires_in: seconds}});
+const makeLink = (image, expires_in) =>
+  ask("POST", `/image/${image.id}/binary/link`, {json: {expires_in}});
 
 function downloadLink(text, image, window) {  // by a signed link, as a browser sends no token
   const download = async () => {
-    const {search} = new URL((await makeLink(image, 3600)).url);
-    const to = BASE + `/image/${image.id}/binary` + search + window;
-    element("a", {href: to, download: ""}).click();
+    const {search} = new URL((await makeLink(image, HOUR)).url);
+    a({href: BASE + `/image/${image.id}/binary` + search + window, download: ""}).click();
   };
-  return element("a", {href: "#" + image.id, onclick: event => {
+  return a({href: "#" + image.id, onclick: event => {
     event.preventDefault();
     attempt("download", download);
   }}, text);
@@ -4615,40 +4591,36 @@ function downloadLink(text, image, window) {  // by a signed link, as a browser 
 
 function downloadView(image) {
   // What is further apart than the 256 MiB that the server gives at once makes several files.
-  const bins = image.hex && hasBytes(image) ? groups(segments(image), (group, part) =>
-    part.end - group[0].at <= 256 * MIB) : [];
-  const files = bins.map(group => {
+  const parts = image.hex && hasBytes(image) ? segments(image) : [];
+  const bins = groups(parts, (group, part) => part.end - group[0].at <= 256 << 20).map(group => {
     const begin = group[0].at, {end} = group.at(-1);
-    const window = `&format=bin&start=${begin}&end=${end}`;
-    return element("span", {}, downloadLink("bin", image, window),
+    return span(downloadLink("bin", image, `&format=bin&start=${begin}&end=${end}`),
       ` from ${address(begin)} to ${address(end - 1)}, ${size(end - begin)}`);
   });
-  const times = [["1 hour", 3600], ["1 day", 86400], ["7 days", 604800], ["30 days", 2592000]];
-  const keep = event => {
-    Object.assign(state, {lasting: Number(event.target.value), link: null});
-    render();
-  };
-  const lasting = element("select", {id: "lasting", onchange: keep}, times.map(([name, seconds]) =>
-    element("option", {value: seconds, selected: seconds === state.lasting}, name)));
+  const choice = event => update({lasting: Number(event.target.value), link: null});
   const make = async () => {
     if (await attempt("link", async () => ({link: await makeLink(image, state.lasting)})))
       document.querySelector("#links button").focus();
   };
   return panel("Download",
-    element("div", {class: "row"}, downloadLink("hex", image, ""), files),
-    element("div", {class: "row"}, element("label", {}, "Valid for", lasting),
-      button("Make a link", make)),
+    div({class: "row"}, downloadLink("hex", image, ""), bins),
+    div({class: "row"}, label("Valid for", select({id: "lasting", onchange: choice},
+      Object.entries(LASTING).map(([value, name]) =>
+        option({value, selected: Number(value) === state.lasting}, name)))),
+    button("Make a link", make)),
     state.link && linkView(image, state.link));
 }
 
 function linkView({label, fw_version}, {url, expires}) {
   const name = `${label}-${fw_version}`.replace(/[^A-Za-z0-9._+-]+/g, "_").slice(0, 100);
-  const lines = [["Link", url], ["With curl", `curl -f --retry 5 -o '${name}.hex' ${quoted(url)}`],
-    ["With wget", `wget -O '${name}.hex' ${quoted(url)}`]];
-  return element("div", {id: "links"},
-    element("p", {class: "quiet"}, `Whoever has this link can download until ${time(expires)}.`),
-    lines.map(([title, text]) => element("div", {class: "row"},
-      field(title, {value: text, readonly: true, class: "mono"}), button("Copy", copy))));
+  const quoted = "'" + url.replace(/'/g, "'\\''") + "'";  // for a shell
+  const copied = (title, value) => div({class: "row"},
+    field(title, {value, readonly: true, class: "mono"}), button("Copy", copy));
+  return div({id: "links", class: "stack"},
+    p({class: "quiet"}, `Whoever has this link can download until ${time(expires)}.`),
+    copied("Link", url),
+    copied("With curl", `curl -f --retry 5 -o '${name}.hex' ${quoted}`),
+    copied("With wget", `wget -O '${name}.hex' ${quoted}`));
 }
 
 function copy({target: pressed}) {  // over plain http there is no navigator.clipboard
@@ -4660,15 +4632,14 @@ function copy({target: pressed}) {  // over plain http there is no navigator.cli
 }
 
 function segmentTable(parts) {
-  const rows = parts.slice(0, SEGMENTS).map(({at, end}) => row(element("code", {}, address(at)),
-    element("code", {}, address(end - 1)), exactSize(end - at)));
+  const rows = parts.slice(0, SEGMENTS).map(({at, end}) =>
+    row(code(address(at)), code(address(end - 1)), exactSize(end - at)));
   const more = parts.length - rows.length;
-  return element("div", {}, table(["From", "To", "Size"], element("tbody", {}, rows)),
-    more > 0 && element("p", {class: "quiet"}, `and ${more} more segments`));
+  return div(table(heads("From", "To", "Size"), tbody(rows)),
+    more > 0 && p({class: "quiet"}, `and ${more} more segments`));
 }
 
-function dumpView(image) {
-  const {text, next} = state.dump;
+function dumpView(image, {text, next}) {
   const show = from => attempt("dump", () => readDump(image, from));
   const jump = event => {
     const text = state.goTo = event.target.elements.goto.value.trim();
@@ -4677,35 +4648,35 @@ function dumpView(image) {
     show(isCopied ? parseInt(text, 16) : isAddress ? Number(text) : NaN);
   };
   return panel("Contents",
-    element("form", {class: "row", onsubmit: jump},
+    form({class: "row", onsubmit: jump},
       field("Go to", {required: true, placeholder: "0x08000000", value: state.goTo}),
       button("First", () => show(0)),
       button("Next", () => show(next), {disabled: next === null})),
-    element("pre", {id: "dump", tabindex: 0, "aria-label": "Hex dump"}, text));
+    pre({id: "dump", tabindex: 0, "aria-label": "Hex dump"}, text));
 }
 
-function deletionView(image) {
-  const name = title(image), whole = `/image/${image.id}`;
-  return element("div", {class: "row"}, image.confirmed
-    && deletion("Delete binary", `the binary of ${name}`, whole + "/binary", image.id),
-  deletion("Delete image", image.confirmed ? `${name} and its binary` : name, whole, ""));
+function deletionView({id, label, fw_version, confirmed}) {
+  const name = title({label, fw_version});
+  return div({class: "row"},
+    confirmed && deletion("Delete binary", `the binary of ${name}`, `/image/${id}/binary`, id),
+    deletion("Delete image", confirmed ? `${name} and its binary` : name, `/image/${id}`, ""));
 }
 
 function deletion(text, what, path, next) {
   const remove = async () => {
-    dialog.close();
+    shown.close();
     if (!await attempt("deletion", async () => { await ask("DELETE", path); })) return;
     history.replaceState(null, "", "#" + next);  // Back must not lead to what is gone
     go(`Deleted: ${what}.`);
   };
   const question = `Delete ${what}?`;
-  const dialog = element("dialog", {"aria-label": question, onclose: () => dialog.remove()},
-    element("p", {}, question),
-    element("p", {class: "row"}, button("Delete", remove, {class: "bad"}),
-      button("Cancel", () => dialog.close(), {autofocus: true})));
+  const shown = dialog(
+    {"aria-label": question, class: "panel stack", onclose: () => shown.remove()},
+    p(question), div({class: "row"}, button("Delete", remove, {class: "bad"}),
+      button("Cancel", () => shown.close(), {autofocus: true})));
   return button(text, () => {
-    document.body.append(dialog);
-    dialog.showModal();
+    document.body.append(shown);
+    shown.showModal();
   }, {class: "bad"});
 }
 
@@ -4737,10 +4708,10 @@ PAGE_HTML = f"""<!DOCTYPE html>
 <style>{PAGE_STYLE}</style>
 </head>
 <body>
-<header><h1>Image Manager</h1><span id="who" class="row"></span></header>
+<header class="row middle"><h1>Image Manager</h1><span id="who" class="row middle"></span></header>
 <main>
 <p id="news" role="status"></p>
-<div id="content"><noscript>This page needs JavaScript.</noscript></div>
+<div id="content" class="stack"><noscript>This page needs JavaScript.</noscript></div>
 </main>
 <script>{PAGE_SCRIPT}</script>
 </body>
@@ -4754,17 +4725,15 @@ def page_hash(text: str) -> str:
 
 PAGE_HEADERS = {
     "Content-Type": "text/html; charset=utf-8",
-    "Content-Security-Policy": "; ".join([
-        "default-src 'none'", f"script-src {page_hash(PAGE_SCRIPT)}",
-        f"style-src {page_hash(PAGE_STYLE)}", "connect-src 'self'", "img-src data:",
-        "frame-ancestors 'none'", "base-uri 'none'", "form-action 'none'",
-        "require-trusted-types-for 'script'",
-    ]),
+    "Content-Security-Policy": f"default-src 'none'; connect-src 'self'; img-src data:;"
+    f" script-src {page_hash(PAGE_SCRIPT)}; style-src {page_hash(PAGE_STYLE)};"
+    " frame-ancestors 'none'; base-uri 'none'; form-action 'none';"
+    " require-trusted-types-for 'script'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
     "Vary": "Accept",
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------------------------- command line
