@@ -4079,6 +4079,7 @@ PAGE_STYLE = r"""
   --accent: light-dark(#0b6e75, #5cc8cf); --bad: light-dark(#b3261e, #ff8a80);
   --line: light-dark(#d3dae0, #364149);
 }
+html { scrollbar-gutter: stable; }
 * { box-sizing: border-box; margin: 0; accent-color: var(--accent); }
 body { margin: 0 auto; padding: 0 1rem 3rem; max-width: 68rem; background: var(--back);
   color: var(--text); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -4087,6 +4088,7 @@ h1, .panel h2 { font-size: 1.1rem; }
 main > *, .stack > * + * { margin-top: 1rem; }
 .panel { border: 1px solid var(--line); border-radius: .5rem; padding: 1rem;
   background: var(--panel); color: var(--text); }
+[role=alert] pre { white-space: pre-wrap; }
 [role=alert] { position: sticky; top: .5rem; border-left: 4px solid var(--bad); }
 .row { display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: end; }
 .middle { align-items: center; }
@@ -4112,12 +4114,15 @@ dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .25r
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .4rem min(1rem, 2vw) .4rem 0; border-bottom: 1px solid var(--line);
   text-align: left; vertical-align: top; }
-:is(th, td):nth-child(3) { text-align: right; }  /* sizes, in both tables */
+:is(th, td):nth-child(3) { text-align: right; padding-right: min(2rem, 4vw); }  /* sizes */
+#list th { width: 15%; }  /* or columns would move while one filters */
+#list th:first-child { width: 40%; }
 th, td code, #list td:nth-child(n + 3) { white-space: nowrap; }
 #list tbody tr:hover { background: var(--panel); }
+#links button { min-width: 6rem; }  /* as wide for "Copied" as for "Copy" */
 #map { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 svg text { font-size: 12px; }
-svg { max-width: 100%; height: auto; fill: var(--text); }
+svg { max-width: 100%; fill: var(--text); }
 svg .gap { fill: var(--quiet); }
 svg .data { fill: var(--accent); }
 svg .cut { fill: none; stroke: var(--quiet); stroke-dasharray: 3 3; }
@@ -4130,14 +4135,14 @@ PAGE_SCRIPT = r"""
 "use strict";
 const BASE = location.pathname.replace(/\/+$/, "");  // with the prefix, if there is one
 const RIGHTS = ["read", "write", "delete"];
-const ROWS = 200, SEGMENTS = 1000, LINE = 500, DUMP_ROWS = 32;
+const LIST_ROWS = 200, TABLE_ROWS = 1000, DUMP_ROWS = 32, LONGEST_LINE = 500;
 const HOUR = 3600;
 const LASTING = {[HOUR]: "1 hour", 86400: "1 day", 604800: "7 days", 2592000: "30 days"};
 const state = {
-  token: sessionStorage.getItem("token") || "", images: null, filter: "", shown: ROWS,
+  token: sessionStorage.getItem("token") || "", images: null, filter: "", shown: LIST_ROWS,
   image: null, link: null, lasting: HOUR, dump: null, goTo: "",
-  file: null, typed: {}, upload: null, failed: null,  // why the last upload did
-  alert: null, news: "",
+  file: null, typed: {}, upload: null, news: "",
+  alert: null, failed: null,  // errors: of what was asked for last, and of the last upload
 };
 
 function update(changes) {
@@ -4159,7 +4164,7 @@ function element(tag, ...children) {  // the first of them may be its attributes
 }
 
 function fill(parent, ...children) {  // what is null, false or "" is left out
-  parent.replaceChildren(...children.flat(3).filter(Boolean));
+  parent.replaceChildren(...children.flat(Infinity).filter(Boolean));
   return parent;
 }
 
@@ -4198,7 +4203,7 @@ const exactSize = bytes => bytes < 1024 ? size(bytes) : `${size(bytes)} (${bytes
 
 // The API.
 
-// Returns the answer: JSON as what it says, anything else as its bytes. By XMLHttpRequest, as
+// Returns what the server answers: an object for JSON, or else the bytes. By XMLHttpRequest, as
 // fetch() does not tell how much of a file is sent.
 function ask(method, path, {token = state.token, json, file, range, signal, onprogress} = {}) {
   return new Promise((resolve, reject) => {
@@ -4251,39 +4256,43 @@ function claims() {  // what the token says; the server alone checks it
 }
 
 function may(right) {
-  const words = [claims().scope].flat().join(" ").split(" ");
-  const named = words.filter(word => word.startsWith("image:"));
-  return state.token !== "" && (!named.length || named.includes("image:" + right));
+  const words = [claims().scope].flat().join(" ").split(/\s/);
+  const named = RIGHTS.filter(one => words.includes("image:" + one));
+  return state.token !== "" && (!named.length || named.includes(right));
 }
 
 function useToken(event) {  // without what cannot be seen, pasted with it
-  const token = event.target.elements.token.value.replace(/^\s*Bearer\s|[^!-~]/gi, "");
+  const token = event.target.elements.token.value.replace(/^.*Bearer\s|[^!-~]/gi, "");
   sessionStorage.setItem("token", token);
   Object.assign(state, {token, images: null});
   go();
 }
 
 function forgetToken() {
-  if (state.upload) cancel();
+  cancel();
   sessionStorage.removeItem("token");
-  Object.assign(state, {token: "", images: null, image: null, filter: "", file: null, typed: {}});
+  Object.assign(state,
+    {token: "", images: null, image: null, filter: "", file: null, typed: {}, alert: null});
   go();
 }
 
 // The id of the image that the address names.
 const place = () => location.hash.slice(1).replace(/[^\w-]/g, "");
 
+const readImages = async () => may("read") ? (await ask("GET", "/image")).reverse() : null;
+
 async function go(news = "") {  // until the answer comes, what is shown stays
-  const id = place();
+  const id = place(), left = state.image?.id;
   wanted = {};
   Object.assign(state, {news, failed: null});
   document.querySelector("dialog")?.close();
-  const shown = await attempt("place", async () => {
-    if (!may("read")) return {};
-    const found = await ask("GET", id ? `/image/${id}` : "/image");
-    return id ? {image: found} : {images: found.reverse()};
+  if (!state.token) return render();
+  const arrived = await attempt("place", async () => {
+    if (!id) return {images: await readImages()};
+    return {image: may("read") && await ask("GET", `/image/${id}`)};
   }, {image: null, link: null, dump: null, goTo: ""});
-  if (!shown || !state.image) return;
+  if (!arrived) return;
+  if (!state.image) return document.querySelector(`[href="#${left}"]`)?.focus();
   scrollTo(0, 0);
   byId("title").focus();
   if (hasBytes(state.image)) await attempt("dump", () => readDump(state.image, 0));
@@ -4298,7 +4307,8 @@ function names() {  // as the file's name suggests, where a person has typed not
   const [, label, version] =
     /^(.+?)[-_ ]v?(\d+(?:\.\d+)+(?:[-+][\w.+-]*)?)$/i.exec(stem) || [null, stem, ""];
   const cut = text => [...text].slice(0, 128).join("");  // as the server counts
-  return {label: cut(label), fw_version: cut(version), ...state.typed};
+  const {typed} = state;
+  return {label: typed.label || cut(label), fw_version: typed.fw_version || cut(version)};
 }
 
 // It keeps what it began with: meanwhile one may go on, or forget the token.
@@ -4306,10 +4316,10 @@ async function upload(query = "") {
   if (!state.file || state.upload) return;
   const {file, image, token} = state, json = names(), stopper = new AbortController();
   let id = image?.id, checked;
-  update({upload: {file, sent: 0, stopper}, failed: null, news: ""});
+  update({upload: {file, sent: 0, stopper}, alert: null, failed: null, news: ""});
   try {
     await file.slice(0, 1).arrayBuffer().catch(() => {
-      throw new Error("The file has changed since it was chosen: choose it again");
+      throw new Error("The file cannot be read, or has changed: choose it again");
     });
     id ??= (await ask("POST", "/image", {token, json})).id;
     ({checked} = await ask("PUT", `/image/${id}/binary${query}`,
@@ -4319,7 +4329,8 @@ async function upload(query = "") {
     if (id && !image) await ask("DELETE", `/image/${id}`, {token}).catch(() => {
       error.message += `. Image ${id} was left without a binary`;
     });
-    return update({upload: null, failed: Object.assign(error, {image, line})});
+    const images = await readImages().catch(() => state.images);  // it may have been among them
+    return update({upload: null, images, failed: Object.assign(error, {image, line})});
   }
   const verdict = checked ? "It is sound Intel HEX." : "It was not checked.";
   const news = `${title(image || json)} is stored. ${verdict}`;
@@ -4329,12 +4340,15 @@ async function upload(query = "") {
   else render();  // one looks at another image by now
 }
 
-const cancel = () => state.upload.stopper.abort(new Error("The upload was cancelled"));
+const cancel = () => state.upload?.stopper.abort(new Error("The upload was cancelled"));
 
 async function lineOf(file, message) {  // the line that the server's sentence names
   const [, number] = /\bline (\d+)/.exec(message) || [];
-  const line = number && (await file.text()).split(/\r\n?|\n/, number)[number - 1];
-  return line?.length > LINE ? line.slice(0, LINE) + " … (cut off here)" : line;
+  if (!number) return "";
+  const text = await file.text(), lineEnd = /\r\n?|\n/g;
+  for (let line = 1; line < number; line++) lineEnd.test(text);  // goes on behind the last one
+  const [line] = text.slice(lineEnd.lastIndex).split(/[\r\n]/, 1);
+  return line.length > LONGEST_LINE ? line.slice(0, LONGEST_LINE) + " … (cut off here)" : line;
 }
 
 // What lies where.
@@ -4377,7 +4391,7 @@ function drawMap(image) {
   const scale = 240 / (end - begin - total(cuts));
   let y = 14, drawn = 0, labelled = -20, marked = y;
   const draw = (tag, attributes, text) => shapes.push(element(tag, attributes, text));
-  const name = (text, at, kind = "") => {
+  const write = (text, at, kind = "") => {
     if (at < labelled + 16) return;  // it would lie on the one above
     draw("text", {class: kind, x: 104, y: at + 4}, text);
     labelled = at;
@@ -4389,12 +4403,12 @@ function drawMap(image) {
       draw("rect", {class: kind, x: 12, y, width: 76, height: seen});
       if (kind === "data") drawn = y + seen;
     }
-    if (kind === "data") name(address(at), y);
-    if (kind === "cut") name(`gap of ${size(end - at)}`, y + height / 2, "gap");
+    if (kind === "data") write(address(at), y);
+    if (kind === "cut") write(`gap of ${size(end - at)}`, y + height / 2, "gap");
     if (mark > at && mark <= end) marked = y + height * (mark - at) / (end - at);
     y += height;
   }
-  name(`${address(end)} end`, Math.max(y, labelled + 16), "gap");
+  write(`${address(end)} end`, Math.max(y, labelled + 16), "gap");
   if (entry && !isOutside(image)) {
     draw("text", {x: 232, y: marked + 4}, "entry point");
     draw("path", {class: "entry", d: `M0 ${marked - 6}l12 6l-12 6z`});
@@ -4408,14 +4422,13 @@ function drawMap(image) {
 async function readDump(image, from) {
   if (Number.isNaN(from))
     throw new Error("Go to takes an address: 0x08000000, or a decimal number");
-  const parts = segments(image), lines = new Set(), bytes = new Map();  // both by address
+  const parts = segments(image), bytes = new Map(), lines = new Set();  // all by address
   for (const part of parts.filter(part => part.end > from)) {
     const at = Math.max(part.at, from);
     for (let line = at - at % 16; line < part.end && lines.size < DUMP_ROWS; line += 16)
       lines.add(line);
   }
-  const {end} = parts.at(-1);
-  if (!lines.size) throw new Error(`The data end at ${address(end)}`);
+  if (!lines.size) throw new Error(`The data end at ${address(parts.at(-1).end)}`);
   await Promise.all(groups(lines, (run, line) => line === run.at(-1) + 16).map(async run => {
     const [begin] = run, end = run.at(-1) + 16;
     const answer = new Uint8Array(await (image.hex
@@ -4429,14 +4442,13 @@ async function readDump(image, from) {
     const gap = number && line - all[number - 1] - 16;
     return (gap ? `          .. gap of ${size(gap)}\n` : "") + dumpLine(line, bytes);
   }).join("\n");
-  const next = [...lines].at(-1) + 16;
-  return {dump: {text, next: next < end ? next : null}};
+  return {dump: {text, next: [...lines].at(-1) + 16}};
 }
 
 function dumpLine(line, bytes) {
-  const columns = [...Array(16).keys()].map(column => bytes.get(line + column) ?? null);
-  const digits = columns.map(byte => byte === null ? ".." : hex(byte, 2)).join(" ");
-  const text = columns.map(byte => byte === null ? " "
+  const columns = Array.from({length: 16}, (_, column) => bytes.get(line + column));
+  const digits = columns.map(byte => byte === undefined ? ".." : hex(byte, 2)).join(" ");
+  const text = columns.map(byte => byte === undefined ? " "
     : byte > 31 && byte < 127 ? String.fromCharCode(byte) : "·").join("");
   return `${hex(line, 8)}  ${digits}  ${text}`;
 }
@@ -4449,7 +4461,7 @@ function render() {
   const focused = key(before), {top} = before.getBoundingClientRect();
   fill(byId("who"), state.token && whoView());
   fill(byId("content"), alertView(state.alert), alertView(state.failed),
-    sendingView(state.upload), state.token ? placeView(state) : tokenView());
+    sendingView(state.upload), state.token ? placeView() : tokenView());
   byId("news").textContent = state.news;
   document.title = (state.image ? title(state.image) + " - " : "") + "Image Manager";
   if (state.upload) showProgress(state.upload.sent);
@@ -4466,12 +4478,13 @@ function whoView() {
   const said = RIGHTS.filter(right => !may(right)).map(right => `This token may not ${right}`);
   const {service} = claims();
   if (service) said.unshift(`Tenant ${plain(String(service))}`);
-  return [a({href: "#"}, "All images"), span({class: "quiet"}, said.join(". ")),
-    button("Forget token", forgetToken)];
+  return [a({href: "#", onclick: () => place() || go()}, "All images"),
+    span({class: "quiet"}, said.join(". ")), button("Forget token", forgetToken)];
 }
 
 function alertView(error) {
-  const unchecked = error?.image === state.image && error.message.includes("?validate=false");
+  const unchecked = may("write") && error?.image?.id === state.image?.id
+    && error?.message.includes("?validate=false");
   return error && div({role: "alert", class: "panel stack"}, p(plain(error.message)),
     error.line && pre(plain(error.line)),
     unchecked && button("Store it unchecked", () => upload("?validate=false")));
@@ -4481,10 +4494,12 @@ function tokenView() {
   return form({class: "panel stack", onsubmit: useToken},
     p("A token lets you in. When the service starts, it prints the command that makes one: ",
       code("image_manager.py token"), "."),
-    div({class: "row"}, field("Token", {required: true, class: "mono"}), submit("Use token")));
+    div({class: "row"}, field("Token", {required: true, autofocus: true, class: "mono",
+      value: sessionStorage.getItem("token") || ""}), submit("Use token")));
 }
 
-function placeView({image, images}) {
+function placeView() {
+  const {image, images} = state;
   if (image) return imageView(image);
   if (place() && may("read")) return null;  // there is no such image
   return [may("write") && uploadView(), images && listView(images)];
@@ -4525,8 +4540,13 @@ function showProgress(sent) {
 function listView(images) {
   const count = p({class: "quiet", role: "status"}), rows = tbody({onclick: ({target}) =>
     target.tagName !== "A" && target.closest("tr").querySelector("a").click()});
-  const filter = field("Filter", {type: "search", value: state.filter, oninput: () => show(ROWS)});
-  const more = button("Show more", () => show(state.shown + ROWS));
+  const filter = field("Filter",
+    {type: "search", value: state.filter, oninput: () => show(LIST_ROWS)});
+  const more = button("Show more", () => {
+    const before = state.shown;
+    show(before + LIST_ROWS);
+    if (more.hidden) rows.rows[before].querySelector("a").focus();
+  });
   const show = shown => {  // this alone changes while one types
     Object.assign(state, {filter: filter.lastChild.value, shown});
     const sought = state.filter.trim().toLowerCase();
@@ -4578,10 +4598,10 @@ function imageView(image) {
 const makeLink = (image, expires_in) =>
   ask("POST", `/image/${image.id}/binary/link`, {json: {expires_in}});
 
-function downloadLink(text, image, window) {  // by a signed link, as a browser sends no token
+function downloadLink(text, image, query) {  // by a signed link, as a browser sends no token
   const download = async () => {
     const {search} = new URL((await makeLink(image, HOUR)).url);
-    a({href: BASE + `/image/${image.id}/binary` + search + window, download: ""}).click();
+    a({href: BASE + `/image/${image.id}/binary` + search + query, download: ""}).click();
   };
   return a({href: "#" + image.id, onclick: event => {
     event.preventDefault();
@@ -4595,7 +4615,8 @@ function downloadView(image) {
   const bins = groups(parts, (group, part) => part.end - group[0].at <= 256 << 20).map(group => {
     const begin = group[0].at, {end} = group.at(-1);
     return span(downloadLink("bin", image, `&format=bin&start=${begin}&end=${end}`),
-      ` from ${address(begin)} to ${address(end - 1)}, ${size(end - begin)}`);
+      ` from ${address(begin)} to ${address(end - 1)}, ${size(end - begin)}`,
+      group.length > 1 && ", gaps filled with FF");
   });
   const choice = event => update({lasting: Number(event.target.value), link: null});
   const make = async () => {
@@ -4612,15 +4633,18 @@ function downloadView(image) {
 }
 
 function linkView({label, fw_version}, {url, expires}) {
-  const name = `${label}-${fw_version}`.replace(/[^A-Za-z0-9._+-]+/g, "_").slice(0, 100);
+  const file = `${label}-${fw_version}`.replace(/[^A-Za-z0-9._+-]+/g, "_").slice(0, 100);
   const quoted = "'" + url.replace(/'/g, "'\\''") + "'";  // for a shell
-  const copied = (title, value) => div({class: "row"},
-    field(title, {value, readonly: true, class: "mono"}), button("Copy", copy));
+  const isLocal = /^https?:..(127\.|localhost|\[::1])/.test(url);
+  const shown = (name, value) => div({class: "row"},
+    field(name, {value, readonly: true, class: "mono"}), button("Copy", copy));
   return div({id: "links", class: "stack"},
-    p({class: "quiet"}, `Whoever has this link can download until ${time(expires)}.`),
-    copied("Link", url),
-    copied("With curl", `curl -f --retry 5 -o '${name}.hex' ${quoted}`),
-    copied("With wget", `wget -O '${name}.hex' ${quoted}`));
+    p({class: "quiet"}, `Whoever has this link can download until ${time(expires)}.`, isLocal
+      && " It works on this machine alone: for a board, serve with --host 0.0.0.0 (or ::) and open"
+        + " this page at the machine's address."),
+    shown("Link", url),
+    shown("With curl", `curl -f --retry 5 -o '${file}.hex' ${quoted}`),
+    shown("With wget", `wget -O '${file}.hex' ${quoted}`));
 }
 
 function copy({target: pressed}) {  // over plain http there is no navigator.clipboard
@@ -4632,31 +4656,32 @@ function copy({target: pressed}) {  // over plain http there is no navigator.cli
 }
 
 function segmentTable(parts) {
-  const rows = parts.slice(0, SEGMENTS).map(({at, end}) =>
+  const rows = parts.slice(0, TABLE_ROWS).map(({at, end}) =>
     row(code(address(at)), code(address(end - 1)), exactSize(end - at)));
   const more = parts.length - rows.length;
   return div(table(heads("From", "To", "Size"), tbody(rows)),
-    more > 0 && p({class: "quiet"}, `and ${more} more segments`));
+    more > 0 && p({class: "quiet"}, `and ${counted(more, "more segment")}`));
 }
 
 function dumpView(image, {text, next}) {
   const show = from => attempt("dump", () => readDump(image, from));
-  const jump = event => {
-    const text = state.goTo = event.target.elements.goto.value.trim();
-    const isCopied = /^(?=0|.*[a-f])[0-9a-f]{8}$/i.test(text);  // from the dump: hexadecimal
-    const isAddress = /^(0x[0-9a-f]{1,8}|[0-9]{1,10})$/i.test(text);
-    show(isCopied ? parseInt(text, 16) : isAddress ? Number(text) : NaN);
+  const jump = () => {
+    const sought = state.goTo.trim();
+    // As the dump writes an address, and as people write one with letters: hexadecimal.
+    const isBare = /^(0[0-9a-f]{7}|(?=.*[a-f])[0-9a-f]{1,8})$/i.test(sought);
+    const isAddress = /^(0x[0-9a-f]{1,8}|[0-9]{1,10})$/i.test(sought);
+    show(isBare ? parseInt(sought, 16) : isAddress ? Number(sought) : NaN);
   };
   return panel("Contents",
     form({class: "row", onsubmit: jump},
-      field("Go to", {required: true, placeholder: "0x08000000", value: state.goTo}),
-      button("First", () => show(0)),
-      button("Next", () => show(next), {disabled: next === null})),
+      field("Go to", {required: true, placeholder: address(segments(image)[0].at),
+        value: state.goTo, oninput: event => { state.goTo = event.target.value; }}),
+      button("First", () => show(0)), button("Next", () => show(next))),
     pre({id: "dump", tabindex: 0, "aria-label": "Hex dump"}, text));
 }
 
-function deletionView({id, label, fw_version, confirmed}) {
-  const name = title({label, fw_version});
+function deletionView(image) {
+  const {id, confirmed} = image, name = title(image);
   return div({class: "row"},
     confirmed && deletion("Delete binary", `the binary of ${name}`, `/image/${id}/binary`, id),
     deletion("Delete image", confirmed ? `${name} and its binary` : name, `/image/${id}`, ""));

@@ -5064,19 +5064,23 @@ def test_page_takes_a_file_in_one_step_and_shows_what_is_in_it(bench, tmp_path):
     assert dump[2].strip() == ".. gap of 128.0 MiB"
     assert dump[3] == "08000000  FF FF 61 62" + " .." * 12 + "  ··ab" + " " * 12
     assert page.js("document.querySelector('svg .entry').getBBox().y > 200")
+    page.sees("128.0 MiB, gaps filled with FF")
+    assert page.js("field('Go to').placeholder") == "0x00000100"
     page.fill("Go to", "0x200")
     page.press("Enter", 13, "\r")
     page.wait("document.querySelector('#dump').textContent.startsWith('08000000')")
     page.fill("Go to", "266")
     page.press("Enter", 13, "\r")
     page.wait("document.querySelector('#dump').textContent.startsWith('00000100')")
-    page.fill("Go to", "00000110")  # as the dump writes it
-    page.press("Enter", 13, "\r")
-    page.wait("document.querySelector('#dump').textContent.startsWith('00000110')")
     page.fill("Go to", "0x9000000")
     page.press("Enter", 13, "\r")
     page.wait("alert().includes('The data end at 0x08000004')")
-    for text in ("-5", "1e1", "0b1", "0x123456789", "here"):
+    for text in ("1F", "00000110"):  # as people and the dump write addresses
+        page.fill("Go to", text)
+        page.press("Enter", 13, "\r")
+        begin = {"1F": "00000100"}.get(text, text)
+        page.wait(f"document.querySelector('#dump').textContent.startsWith('{begin}')")
+    for text in ("-5", "1g", "0x123456789", "12345678901", "here"):
         page.fill("Go to", text)
         page.press("Enter", 13, "\r")
         page.wait("alert().includes('Go to takes an address')")
@@ -5093,13 +5097,14 @@ def test_page_shows_a_refusal_with_the_line_and_leaves_nothing_behind(bench, tmp
     server, tab = bench
     page = tab()
     lines = firmware(50_000)[0].split(b"\r\n")
-    lines[2000] = lines[2000][:-4] + b"x" * 600
-    page.choose(write(tmp_path / "bad-1.0.0.hex", b"\r\n".join(lines)))
-    page.click("Upload")
-    page.wait("alert().includes('line 2001: ')")
-    shown = lines[2000][:500].decode() + " … (cut off here)"
-    assert page.js("document.querySelector('[role=alert] pre').textContent") == shown
-    assert server.application.catalogue.total() == 0
+    for end, number in ((b"\r\n", 2000), (b"\n", 1), (b"\r", 0)):
+        bad = [*lines[:number], lines[number][:-4] + b"x" * 600, *lines[number + 1 :]]
+        page.choose(write(tmp_path / "bad-1.0.0.hex", end.join(bad)))
+        page.click("Upload")
+        page.wait(f"alert().includes('line {number + 1}: ')")
+        shown = bad[number][:500].decode() + " … (cut off here)"
+        assert page.js("document.querySelector('[role=alert] pre').textContent") == shown
+        assert server.application.catalogue.total() == 0
     good = write(tmp_path / "bad-1.0.0.hex", firmware()[0])
     page.choose(good)
     page.click("Upload")
@@ -5115,10 +5120,11 @@ def test_page_says_which_image_was_left_where_it_may_not_delete(bench, tmp_path)
     page.wait("alert().includes('was left without a binary')")
     (image,) = json.loads(server.application.catalogue.list_json("admin", {}))
     assert image["id"] in page.js("alert()")
+    page.sees("1 of 1 images")
     page.open(image["id"])
-    page.wait("!button('Delete image')")
+    page.sees("Upload the binary")
+    assert page.js("!button('Delete image') && !field('Label') && !field('Version')")
     page.choose(write(tmp_path / "good.hex", firmware()[0]))
-    assert page.js("!field('Label') && !field('Version')")
     page.click("Upload")
     page.sees("Checked: sound Intel HEX")
 
@@ -5131,8 +5137,11 @@ def test_page_shows_progress_and_an_upload_can_be_cancelled(bench, tmp_path):
     page.choose(write(tmp_path / "large-1.0.0.bin", bytes(4 * MIB)))
     page.click("Upload")
     page.wait("/[1-9]\\d? %/.test(text()) && document.querySelector('progress').value > 0")
+    page.click("All images")
+    page.sees("1 of 1 images")
     page.click("Cancel")
     page.wait("alert().includes('The upload was cancelled')")
+    page.sees("No image is stored yet.")
     wait_until(lambda: server.application.catalogue.total() == 0)
     page.ask("Network.emulateNetworkConditions", **{**slow, "uploadThroughput": -1})
     held = threading.Event()
@@ -5153,6 +5162,13 @@ def test_page_says_that_a_connection_broke(bench, tmp_path):
              downloadThroughput=-1, uploadThroughput=-1)  # fmt: skip
     page.click("Upload")
     page.wait("alert().includes('The connection is broken')")
+    page.click("All images")
+    page.wait("alert().includes('The connection is broken')")
+    page.ask("Network.emulateNetworkConditions", offline=False, latency=500,
+             downloadThroughput=-1, uploadThroughput=-1)  # fmt: skip
+    page.click("Upload")
+    page.sees("Uploading a-1.0.0.hex")
+    assert page.js("alert()") == ""
 
 
 def test_page_shows_a_refusal_of_the_header_while_it_still_sends(browser, tmp_path):
@@ -5253,9 +5269,11 @@ def test_page_goes_on_with_an_upload_while_one_looks_elsewhere(bench, tmp_path, 
     assert page.js("!button('Cancel')")  # it would come too late
     page.open(other)
     page.sees("the server checks it", "other 1.0.0")
-    page.wait("document.activeElement.id === 'title'")
+    page.wait("document.activeElement.id === 'title' && field('Go to')")
+    page.fill("Go to", "0x10")
     held.set()
     page.sees("new 1.0.0 is stored. It is sound Intel HEX.")
+    assert page.js("field('Go to').value") == "0x10"
     assert page.js("location.hash") == "#" + other
 
 
@@ -5342,6 +5360,14 @@ def test_page_reads_a_scope_that_is_a_list(bench, browser):
     with contextlib.closing(Tab(browser, server, token)) as page:
         page.sees("This token may not delete")
         assert "may not write" not in page.js("text()")
+    mistyped = forged(HS256, {"service": "admin", "scope": "image:raed"},
+                      server.application.tokens._secret).partition(" ")[2]  # fmt: skip
+    with contextlib.closing(Tab(browser, server, mistyped)) as page:
+        page.wait("alert().includes('what begins with image: in scope is not image:read')")
+        assert page.js("field('Token').value") == mistyped  # to be mended
+        page.js("location.hash = '0'")
+        time.sleep(0.1)
+        page.wait("alert().includes('in scope')")
 
 
 def test_page_shows_warnings_and_offers_bin_only_where_it_can_be_had(bench, tmp_path):
@@ -5354,6 +5380,7 @@ def test_page_shows_warnings_and_offers_bin_only_where_it_can_be_had(bench, tmp_
     page = tab()
     page.open(far)
     page.sees("bin from 0x00000000 to 0x00000003", "bin from 0x10010000 to 0x10010002")
+    assert "gaps filled" not in page.js("text()")
     page.save_downloads_in(tmp_path)
     page.click("bin")
     wait_until(lambda: (tmp_path / "far-1.0.0.bin").exists(), 20)
@@ -5400,6 +5427,7 @@ def test_page_downloads_from_its_own_origin_though_links_name_another(browser, t
             assert shlex.split(words[0])[-1] == link
             page.js("field('Valid for').dispatchEvent(new Event('change'))")
             page.wait("!field('Link')")  # it is not for the time that is chosen now
+            assert "on this machine alone" not in page.js("text()")
 
 
 def test_page_makes_links_and_commands_that_work(bench, tmp_path):
@@ -5416,7 +5444,7 @@ def test_page_makes_links_and_commands_that_work(bench, tmp_path):
     page.wait("field('Link')")
     link = page.js("field('Link').value")
     assert urllib.request.urlopen(link).read() == content
-    page.sees("Whoever has this link can download until ")
+    page.sees("Whoever has this link can download until ", "It works on this machine alone")
     expires = int(urllib.parse.parse_qs(link.partition("?")[2])["expires"][0])
     assert abs(expires - time.time() - 86400) < 60
     for name, tool in (("With curl", "curl"), ("With wget", "wget")):
@@ -5509,6 +5537,19 @@ def test_page_lists_the_newest_first_and_filters_while_one_types(bench):
     page.sees("label 7 1.7.0")
     page.js("history.back()")
     page.wait("field('Filter')")
+    page.js("document.querySelectorAll('tbody a')[150].click()")
+    page.sees("Not confirmed")
+    page.js("history.back()")
+    page.wait("document.activeElement === document.querySelectorAll('tbody a')[150]")
+    add("admin", "the latest", "1.0.0")
+    page.click("All images")
+    page.sees("of 452 images")
+    page.fill("Filter", " ")
+    for name in ("Show more", "label 51"):
+        page.js("button('Show more').focus()")
+        page.press("Enter", 13, "\r")
+        assert page.js("document.activeElement.textContent") == name
+    assert page.js("!button('Show more')")
     page.js("location.hash = 'no-such-image'")
     page.wait("alert().includes('No such image')")
 
@@ -5581,9 +5622,9 @@ def test_page_fits_a_phone_and_has_no_fault_that_axe_knows(bench, tmp_path, mode
     background = page.js("getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 25, 29)"}[mode]
     fits()
-    page.choose(write(tmp_path / "bad-1.0.0.hex", b":00000001"))
+    page.choose(write(tmp_path / "bad-1.0.0.hex", b":" + b"0" * 600))
     page.click("Upload")
-    page.wait("alert()")
+    page.wait("alert().includes('cut off here')")
     fits()
     page.open(image_id)
     page.click("Make a link")
