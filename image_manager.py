@@ -4468,7 +4468,7 @@ function render() {
   // What had the focus has it again, as another element, and stays where it is on the screen.
   const again = [...document.querySelectorAll("a, button, input, select, pre, h2")]
     .find(one => key(one) === focused);
-  if (!again) return;
+  if (!again) return byId("token")?.focus();
   again.focus({preventScroll: true});
   if (caret != null) again.setSelectionRange(caret, caret);
   scrollBy(0, again.getBoundingClientRect().top - top);
@@ -4494,7 +4494,7 @@ function tokenView() {
   return form({class: "panel stack", onsubmit: useToken},
     p("A token lets you in. When the service starts, it prints the command that makes one: ",
       code("image_manager.py token"), "."),
-    div({class: "row"}, field("Token", {required: true, autofocus: true, class: "mono",
+    div({class: "row"}, field("Token", {required: true, class: "mono",
       value: sessionStorage.getItem("token") || ""}), submit("Use token")));
 }
 

@@ -5021,6 +5021,7 @@ def layout_of_gaps():
 def test_page_lets_in_by_a_token_alone_and_forgets_it(bench, browser):
     server, tab = bench
     with contextlib.closing(Tab(browser, server)) as stranger:
+        assert stranger.js("document.activeElement.id") == "token"
         stranger.fill("Token", "nonsense")
         stranger.press("Enter", 13, "\r")
         stranger.wait("alert().includes('Invalid authorization token')")
@@ -5075,10 +5076,9 @@ def test_page_takes_a_file_in_one_step_and_shows_what_is_in_it(bench, tmp_path):
     page.fill("Go to", "0x9000000")
     page.press("Enter", 13, "\r")
     page.wait("alert().includes('The data end at 0x08000004')")
-    for text in ("1F", "00000110"):  # as people and the dump write addresses
+    for text, begin in (("00000110", "00000110"), ("1F", "00000100")):  # as a dump and people write
         page.fill("Go to", text)
         page.press("Enter", 13, "\r")
-        begin = {"1F": "00000100"}.get(text, text)
         page.wait(f"document.querySelector('#dump').textContent.startsWith('{begin}')")
     for text in ("-5", "1g", "0x123456789", "12345678901", "here"):
         page.fill("Go to", text)
@@ -5097,7 +5097,7 @@ def test_page_shows_a_refusal_with_the_line_and_leaves_nothing_behind(bench, tmp
     server, tab = bench
     page = tab()
     lines = firmware(50_000)[0].split(b"\r\n")
-    for end, number in ((b"\r\n", 2000), (b"\n", 1), (b"\r", 0)):
+    for end, number in ((b"\r\n", 2000), (b"\n", 0), (b"\r", 1)):
         bad = [*lines[:number], lines[number][:-4] + b"x" * 600, *lines[number + 1 :]]
         page.choose(write(tmp_path / "bad-1.0.0.hex", end.join(bad)))
         page.click("Upload")
@@ -5425,9 +5425,9 @@ def test_page_downloads_from_its_own_origin_though_links_name_another(browser, t
             page.wait('field("Link")?.value.startsWith("https://fw.example.com/it\'s/image/")')
             link, *words = page.js("[field('Link').value, field('With curl').value]")
             assert shlex.split(words[0])[-1] == link
+            assert "on this machine alone" not in page.js("text()")
             page.js("field('Valid for').dispatchEvent(new Event('change'))")
             page.wait("!field('Link')")  # it is not for the time that is chosen now
-            assert "on this machine alone" not in page.js("text()")
 
 
 def test_page_makes_links_and_commands_that_work(bench, tmp_path):
@@ -5541,11 +5541,12 @@ def test_page_lists_the_newest_first_and_filters_while_one_types(bench):
     page.sees("Not confirmed")
     page.js("history.back()")
     page.wait("document.activeElement === document.querySelectorAll('tbody a')[150]")
-    add("admin", "the latest", "1.0.0")
-    page.click("All images")
-    page.sees("of 452 images")
+    for total in (452, 453):
+        add("admin", "the latest", "1.0.0")
+        page.click("All images")
+        page.sees(f"of {total} images")
     page.fill("Filter", " ")
-    for name in ("Show more", "label 51"):
+    for name in ("Show more", "label 52"):
         page.js("button('Show more').focus()")
         page.press("Enter", 13, "\r")
         assert page.js("document.activeElement.textContent") == name
