@@ -338,10 +338,10 @@ def number_from(low: int, high: int) -> Callable[[object], int]:
 
 
 parse_text = text_like("([^\0\ud800-\udfff]*)", "text in UTF-8")
-# Visible ASCII: for an address without " < > as they stand around it in texts, for an origin
-# without a path and without the comma that would make it a list.
+# Visible ASCII: for an address without a query, a fragment, and " < > as they stand around it in
+# texts; for an origin without a path and without the comma that would make it a list.
 parse_url = text_like(
-    "((?:https?://[!#-.0-;=?-~][!#-;=?-~]*?)?)/*", "an address such as https://fw.example.com"
+    "((?:https?://[!$-.0-;=@-~][!$-;=@-~]*?)?)/*", "an address such as https://fw.example.com"
 )
 parse_origin = text_like(
     r"(\*|[a-z][a-z0-9+.-]*://[!-+.0-~-]+|)", "* or an origin such as https://bench.example.com"
@@ -352,7 +352,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 def parse_prefix(value: object) -> str:
     """Return a path with a slash before it and none behind, "" for none."""
     path = parse_text(value).strip("/")
-    words = r"(?!(?:image|health|openapi\.json)(?:/|$))[\w.~-]+(?:/[\w.~-]+)*"
+    words = r"(?!(?:image|health|openapi\.json)(?:/|$))(?:(?!\.\.?(?:/|$))[\w.~-]+(?:/(?!$)|$))+"
     if path and not re.fullmatch(words, path, re.ASCII):
         raise ValueError("takes a path such as /fw-image, none of the API's own")
     return path and "/" + path
@@ -2891,7 +2891,7 @@ class Application:
             self.catalogue.check()
             self.binaries.check()
         except (ServiceError, OSError) as error:
-            raise Unavailable(f"Not healthy: {error}") from error
+            raise Unavailable(f"Not healthy: {error}") from error.__cause__ or error
         return json_response({"status": "ok"})
 
     def show_page(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
@@ -3204,17 +3204,19 @@ class StandardError(logging.Handler):
         say(self.format(record))
 
 
-# The parameter that makes a link work: any letter of its name may come percent-encoded.
-NAME_OF_SIGNATURE = "".join(f"(?:{letter}|%{ord(letter):x})" for letter in "signature")
-SIGNATURE = re.compile(
-    rf"(?<=\?){NAME_OF_SIGNATURE}=[^&# ]*&?|&{NAME_OF_SIGNATURE}=[^&# ]*", re.IGNORECASE
+# What lets in whoever reads it: the parameter of a link, any letter of whose name may come
+# percent-encoded, also where a client has mangled what stands around it, and a token.
+SIGNATURE = "".join(f"(?:{letter}|%{ord(letter):x})" for letter in "signature") + "(?:=|%3d)[^&# ]*"
+SECRET = re.compile(
+    rf"(?<=\?){SIGNATURE}&?|(?:&|&amp;|;|%26)?{SIGNATURE}|(?<![\w-])eyJ[\w-]*\.[\w-]+\.[\w-]*",
+    re.IGNORECASE,
 )
 PORT = re.compile(r"\A([0-9.]+):[0-9]+\Z|\A\[(.*)\](?::[0-9]+)?\Z")  # which some proxies add
 
 
 def quoted(text: str) -> str:
-    """Return a text in quotes, escaped and cut, and without what makes a link work."""
-    text = SIGNATURE.sub("", text)[:2000].replace("\\", "\\\\").replace('"', '\\"')
+    """Return a text in quotes, escaped and cut, and without what lets in whoever reads it."""
+    text = SECRET.sub("", text)[:2000].replace("\\", "\\\\").replace('"', '\\"')
     return '"' + re.sub("[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text) + '"'
 
 
@@ -3235,7 +3237,7 @@ def client_address(peer: str, forwarded: str, trusted: tuple[Network, ...]) -> s
     first that is not trusted, and whatever stands before that may be forged.
     """
     client = peer
-    for hop in [peer, *reversed(forwarded.split(","))]:
+    for hop in [peer, *filter(str.strip, reversed(forwarded.split(",")))]:
         try:
             # Behind a % there may be any text.
             text = PORT.sub(r"\1\2", hop.strip().removeprefix("::ffff:")).partition("%")[0]
@@ -3808,8 +3810,10 @@ def serve_here(application: Application, listener: socket.socket, signals: Signa
 
     def handle(number: int, _: object) -> None:
         if server.access_log and signals[number]:
-            with contextlib.suppress(OSError):  # it goes on with the file it has
+            try:
                 server.access_log.reopen()
+            except OSError as error:
+                log.error("the access log goes on in its old file: %s", error)
         elif number == signal.SIGINT and server.stopping:
             os._exit(130)
         elif not server.stopping:
@@ -3941,9 +3945,12 @@ def fault_of(image: Image, binaries: BinaryStore, copies: BinaryStore | None = N
     checked, has_raw = copies or binaries, image.raw_size is not None
     try:
         for suffix in (".hex", ".bin") if has_raw else (".hex",):
-            if copies:
-                with contextlib.suppress(FileNotFoundError):  # it is missed below
-                    copy_file(binaries.path(image.id, suffix), copies.path(image.id, suffix))
+            path = binaries.path(image.id, suffix)
+            with contextlib.suppress(FileNotFoundError):  # it is missed below
+                if copies:
+                    copy_file(path, copies.path(image.id, suffix))
+                else:
+                    path.open("rb").close()  # which tells whether this user may read it
         scratch = checked.uploads if os.access(checked.uploads, os.W_OK) else None
         with (
             checked.open(image.id, ".hex", image.size) as file,
@@ -4046,6 +4053,8 @@ def back_up_store(folder: Path, destination: Path) -> tuple[int, list[str]]:
     """
     count = 0
     with open_store(folder) as (catalogue, binaries, faults):
+        if destination.resolve().is_relative_to(folder.resolve()):
+            raise CannotStart(f"{destination} lies in the store itself: name another folder")
         make_folder(destination)
         if any(destination.iterdir()):
             raise CannotStart(f"{destination} has something in it: name a new or empty folder")
@@ -4816,7 +4825,7 @@ def token(settings: Settings, arguments: argparse.Namespace) -> int:
         is_new = not path.exists()
         secret = load_secret(settings.data)
         if is_new:
-            say(f"made {path}, as there was none: only a service on that folder takes this token")
+            say(f"made {path}, as there was none: this token is for a service that uses it")
     tokens = Tokens(settings, secret)
     print(tokens.issue(arguments.service, arguments.scope, arguments.expires))
     return 0

@@ -645,6 +645,8 @@ def no_start(data, *words, options=(), **others):
     {"data": "a\0b"}, {"data": None}, {"data": 5}, {"access_log": "a\0b"}, {"access_log": 1},
     {"url_prefix": "/image"}, {"url_prefix": "/health"}, {"url_prefix": "health/fw"},
     {"url_prefix": "/openapi.json"}, {"url_prefix": "a b"}, {"url_prefix": b"/fw"},
+    {"url_prefix": "/../fw"}, {"url_prefix": "fw/.."}, {"url_prefix": "a/./b"}, {"url_prefix": "a//b"},
+    {"public_url": "https://a/?b"}, {"public_url": "https://a/#b"},
     {"public_url": "fw.example.com"}, {"public_url": 'https://a"><'}, {"public_url": "https:///"}, {"host": 5}, {"host": None},
     {"allow_origin": "bench.example.com"}, {"allow_origin": "https://bench.example.com/page"},
     {"allow_origin": "https://a, https://b"}, {"trusted_proxy": "proxy.example.com"}, {"trusted_proxy": 5.5},
@@ -668,7 +670,7 @@ NETWORKS = tuple(map(ipaddress.ip_network, ("10.0.0.0/8", "::1")))
     ({"url_prefix": "fw-image/"}, "/fw-image"), ({"public_url": "https://a/b/"}, "https://a/b"),
     # A prefix that only looks like a path of the API is fine.
     ({"url_prefix": "/images"}, "/images"), ({"url_prefix": "/image-manager"}, "/image-manager"),
-    ({"url_prefix": "/a/image"}, "/a/image"), ({"url_prefix": "/healthy"}, "/healthy"), ({"url_prefix": "fw"}, "/fw"),
+    ({"url_prefix": "/a/image"}, "/a/image"), ({"url_prefix": "/healthy"}, "/healthy"), ({"url_prefix": "v1.0/.a"}, "/v1.0/.a"), ({"url_prefix": "fw"}, "/fw"),
 ], ids=str)  # fmt: skip
 def test_settings_are_tidied_and_may_be_text_where_that_is_clear(tmp_path, values, meant):
     made = Settings(data=str(tmp_path), **values)
@@ -1740,7 +1742,7 @@ def free_space(monkeypatch, free):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 0, free))
 
 
-def test_health_says_what_is_wrong(client, app, monkeypatch):
+def test_health_says_what_is_wrong(client, app, monkeypatch, caplog):
     def reason():
         message = client.get("/health", status=503).json["message"]
         assert message.startswith("Not healthy: ")
@@ -1760,7 +1762,8 @@ def test_health_says_what_is_wrong(client, app, monkeypatch):
     app.binaries.uploads.mkdir()
     app.catalogue.disconnect()
     (app.settings.data / "image_manager.db").write_bytes(b"x" * 5000)
-    assert reason()
+    assert reason().endswith("the log says why")
+    assert caplog.messages[-1].endswith("(file is not a database)")
 
 
 @parametrize("damage", ["replaced", "deleted"])
@@ -3975,6 +3978,20 @@ def test_access_log_does_not_show_what_makes_a_link_work(tmp_path, name):
     assert first[3] == f"GET {path}?{rest} HTTP/1.1"
 
 
+@parametrize("before, after", [("&amp;", "="), (";", "="), ("%26", "="), ("&", "%3D"), ("", "=")])
+def test_access_log_does_not_show_secrets_that_stand_where_they_should_not(tmp_path, before, after):
+    with logging_server(tmp_path) as (server, lines):
+        with Connection(server) as connection:
+            link, _ = connection.link(connection.stored(b"x"))
+            path, _, signature = re.split("[?]|&signature=", link)
+            connection.ask("GET", f"{path}?a=b{before}Signature{after}{signature}")
+            token = server.token()
+            connection.ask("GET", f"/image/{token}?access_token={token}")
+    mangled, misplaced = lines(5)[3:]
+    assert mangled[3] == f"GET {path}?a=b HTTP/1.1"
+    assert misplaced[3] == "GET /image/?access_token= HTTP/1.1"
+
+
 def test_access_log_counts_what_was_sent_of_a_download_that_broke_off(tmp_path):
     with logging_server(tmp_path) as (server, lines):
         with Connection(server) as connection:
@@ -3995,6 +4012,7 @@ PROXIES = "127.0.0.1,10.0.0.0/8"
     (PROXIES, "198.51.100.7", "198.51.100.7"),
     (PROXIES, "203.0.113.9, 198.51.100.7", "198.51.100.7"),
     (PROXIES, "198.51.100.7, 10.1.2.3", "198.51.100.7"),
+    (PROXIES, "198.51.100.7,, ", "198.51.100.7"),
     (PROXIES, "198.51.100.7, 10.1.2.3, 127.0.0.1", "198.51.100.7"),
     (PROXIES, "2001:db8::7, 10.1.2.3", "2001:db8::7"),
     (PROXIES, "198.51.100.7:5555, 10.1.2.3:80", "198.51.100.7"),
@@ -4045,6 +4063,10 @@ def test_access_log_is_opened_again_on_hangup(tmp_path, workers, before):
         time.sleep(0.2)
         assert all(is_well(server) for _ in range(10))
         wait_until(lambda: lines(path) == 10)
+        path.unlink()
+        path.mkdir()
+        server.send(signal.SIGHUP)
+        wait_until(lambda: "the access log goes on in its old file: " in server.log)
         assert lines(moved) == 2 and server.process.poll() is None
 
 
@@ -6117,40 +6139,48 @@ def test_start_with_a_stale_page_removes_no_upload(tmp_path, stale):
         assert {f"{image_id}.hex", f"{image_id}.bin"} <= names_in(tmp_path / "binaries")
 
 
-@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="needs to become another user")
-def test_verify_and_backup_need_no_more_rights_than_reading():
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder, "data")
-        with store_in(data) as client:
-            client.stored()
-        for path in (Path(folder), *data.rglob("*"), data):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        Path(folder, "copies").mkdir()
-        Path(folder, "copies").chmod(0o777)
+@pytest.fixture
+def another_user():
+    """Lend a folder, and what has a function run as a user who owns nothing in it."""
 
+    def run_as_another(function):
         def as_another():
             os.setgid(65534)
             os.setuid(65534)
-            assert image_manager.verify_store(data, lambda *_: None) == (1, [])
-            assert image_manager.back_up_store(data, Path(folder, "copies", "one")) == (1, [])
+            function()
 
         child = multiprocessing.get_context("fork").Process(target=as_another)
         child.start()
         child.join(20)
         assert child.exitcode == 0
 
+    if getattr(os, "geteuid", lambda: 1)() != 0:
+        pytest.skip("needs to become another user")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder), run_as_another
 
-def test_backup_names_a_file_that_it_may_not_read(tmp_path, monkeypatch):
-    with store_in(tmp_path / "data") as client:
+
+@parametrize("mode", [0o644, 0o600])
+def test_verify_and_backup_need_no_more_rights_than_reading_and_say_who_lacks_them(
+    another_user, mode
+):
+    folder, run_as_another = another_user
+    with store_in(folder / "data") as client:
         image_id = client.stored()
+    for path in (folder / "data").rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    (folder / "data" / "binaries" / f"{image_id}.hex").chmod(mode)
 
-    def copy_file(source, target):
-        if source.suffix == ".hex":
-            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+    def look():
+        for found in (
+            image_manager.verify_store(folder / "data", lambda *_: None),
+            image_manager.back_up_store(folder / "data", folder / "copy"),
+        ):
+            said = f"unreadable: the files of image {image_id} (Permission denied): let this user"
+            assert found == (1, []) or (mode == 0o600 and found[1][0].startswith(said))
 
-    monkeypatch.setattr(image_manager, "copy_file", copy_file)
-    _, (fault,) = image_manager.back_up_store(tmp_path / "data", tmp_path / "copy")
-    assert fault.startswith(f"unreadable: the files of image {image_id} (Permission denied)")
+    run_as_another(look)
 
 
 def test_heading_over_what_sqlite_finds_is_no_fault_of_its_own(tmp_path, monkeypatch):
@@ -6406,6 +6436,9 @@ def test_backup_of_a_store_in_use_is_complete_and_can_be_served(shelf, tmp_path)
     if os.name == "posix":
         assert (copy / "secret.key").stat().st_mode & 0o777 == 0o600
     one_sentence(command("backup", "--data", server.data, copy), "has something in it")
+    inside = server.data / "tmp" / "copy"
+    one_sentence(command("backup", "--data", server.data, inside), "lies in the store itself")
+    assert not inside.exists()
 
 
 def test_verify_and_backup_work_on_a_read_only_file_system(tmp_path):
