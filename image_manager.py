@@ -1852,6 +1852,7 @@ class BinaryStore:
     def check(self) -> None:
         """Write a file that vanishes at once; raises StorageFull or OSError."""
         require_space(self.uploads)
+        os.scandir(self.folder).close()
         with full_disk_as_error(), tempfile.TemporaryFile(dir=self.uploads) as file:
             file.write(bytes(4 * KIB))
             file.flush()
@@ -2124,6 +2125,13 @@ def last_modified(stored: str) -> tuple[int, str]:
     return seconds, format_http_date(seconds)
 
 
+def entity_tags(header: str) -> list[str]:
+    """Return the tags of a list, none for what is no list of tags (RFC 9110, 5.6.1 and 8.8.3)."""
+    elements = ENTITY_TAG.sub("\0", header).split(",")  # a tag may have commas in it
+    is_list = all(element.strip(" \t") in ("", "\0") for element in elements)
+    return ENTITY_TAG.findall(header) if is_list else []
+
+
 def require_conditions(environ: Mapping[str, str], current: Validators | None) -> None:
     """Raise PreconditionFailed where If-Match or If-Unmodified-Since does not hold.
 
@@ -2133,7 +2141,7 @@ def require_conditions(environ: Mapping[str, str], current: Validators | None) -
     unmodified = http_date(environ, "HTTP_IF_UNMODIFIED_SINCE")
     if if_match is not None:
         # The strong comparison (RFC 9110, 8.8.3.2): a weak tag never matches.
-        tags = ENTITY_TAG.findall(if_match)
+        tags = entity_tags(if_match)
         if not current or (if_match.strip() != "*" and current.etag not in tags):
             raise PreconditionFailed
     elif current and unmodified is not None and current.modified > unmodified:
@@ -2143,7 +2151,7 @@ def require_conditions(environ: Mapping[str, str], current: Validators | None) -
 def matches_none(environ: Mapping[str, str], current: Validators) -> bool:
     """Tell whether If-None-Match holds, as it does where it is not given."""
     header = environ.get("HTTP_IF_NONE_MATCH", "")
-    tags = [tag.removeprefix("W/") for tag in ENTITY_TAG.findall(header)]
+    tags = [tag.removeprefix("W/") for tag in entity_tags(header)]
     return header.strip() != "*" and current.etag not in tags
 
 
@@ -2890,8 +2898,11 @@ class Application:
         try:
             self.catalogue.check()
             self.binaries.check()
-        except (ServiceError, OSError) as error:
-            raise Unavailable(f"Not healthy: {error}") from error.__cause__ or error
+        except ServiceError as error:
+            raise Unavailable(f"Not healthy: {error}") from error.__cause__
+        except OSError as error:  # not with its path, as this is for all to read
+            reason = f"{os.path.basename(error.filename or 'data')}/: {error.strerror}"
+            raise Unavailable(f"Not healthy: {reason}") from error
         return json_response({"status": "ok"})
 
     def show_page(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
@@ -2919,7 +2930,7 @@ class Application:
         offset = parse_number(query.get("offset", "0"), 0, 10**18)
         total = self.catalogue.count(caller.tenant, filters)
         pages = {"next": offset + limit} if offset + limit < total else {}
-        pages |= {"prev": max(offset - limit, 0)} if offset else {}
+        pages |= {"prev": max(min(offset, total) - limit, 0)} if offset else {}
         path = f"{self.settings.url_prefix}/image"
         links = [
             f'<{path}?{urllib.parse.urlencode({**query, "offset": begin})}>; rel="{relation}"'

@@ -1757,9 +1757,10 @@ def test_health_says_what_is_wrong(client, app, monkeypatch, caplog):
             os, "access", lambda path, mode: str(path)[-3:] != ".db" and access(path, mode)
         )
         assert reason() == f"Not healthy: {unwritable} image_manager.db"
-    shutil.rmtree(app.binaries.uploads)
-    assert "No such file" in reason()
-    app.binaries.uploads.mkdir()
+    for folder in (app.binaries.uploads, app.binaries.folder):
+        shutil.rmtree(folder)
+        assert reason() == f"Not healthy: {folder.name}/: No such file or directory"
+        folder.mkdir()
     app.catalogue.disconnect()
     (app.settings.data / "image_manager.db").write_bytes(b"x" * 5000)
     assert reason().endswith("the log says why")
@@ -1907,6 +1908,8 @@ def test_list_comes_in_pages_with_total_and_links(client):
         url = links.get("next")
     assert seen == made
     assert [image["id"] for image in client.get(links["prev"]).json] == made[3:6]
+    behind = client.get("/image?limit=3&offset=99").headers["Link"]
+    assert behind == '</image?limit=3&offset=5>; rel="prev"'
     assert "Link" not in client.get("/image?label=a&limit=7").headers
     beyond = client.get("/image?limit=5&offset=100")
     assert beyond.json == [] and beyond.headers["X-Total-Count"] == "8"
@@ -2331,7 +2334,8 @@ BEFORE, AT, AFTER = -86400, 0, 86400
     ({"If-None-Match": OTHER_TAG}, 200), ({"If-None-Match": "{tag}"}, 200), ({"If-None-Match": ""}, 200),
     ({"If-None-Match": '"a,{tag}"'}, 200), ({"If-Match": TAG}, 200), ({"If-Match": f'"a", {TAG}'}, 200),
     ({"If-Match": "*"}, 200), ({"If-Match": f"W/{TAG}"}, 412), ({"If-Match": OTHER_TAG}, 412),
-    ({"If-Match": ""}, 412), ({"If-Modified-Since": AT}, 304), ({"If-Modified-Since": AFTER}, 304),
+    ({"If-Match": f'"a,b",,\t{TAG} ,'}, 200), *[({"If-Match": text + TAG}, 412) for text in ("x", "w/", '"x" ', '"x, ')],
+    ({"If-None-Match": f'"x"{TAG}'}, 200), ({"If-None-Match": f"*, {TAG}"}, 200), ({"If-Match": ""}, 412), ({"If-Modified-Since": AT}, 304), ({"If-Modified-Since": AFTER}, 304),
     ({"If-Modified-Since": BEFORE}, 200), ({"If-Modified-Since": "no date"}, 200), ({"If-Unmodified-Since": AT}, 200),
     ({"If-Unmodified-Since": AFTER}, 200), ({"If-Unmodified-Since": BEFORE}, 412),
     ({"If-Unmodified-Since": "no date"}, 200),
