@@ -170,9 +170,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
 try:
-    import bottle
     import jwt
     import multipart
+    from bottle import HTTPError, HTTPResponse, Router, WSGIFileWrapper
     from waitress.adjustments import Adjustments
     from waitress.parser import HTTPRequestParser, ParsingError, TransferEncodingNotImplemented
 except ImportError as error:
@@ -1859,8 +1859,7 @@ class BinaryStore:
 
 
 # ------------------------------------------------------------------------------------- HTTP
-# Requests as they arrive; then conditions, ranges, queries and bodies. `environ` is a request as
-# WSGI (PEP 3333) has it: a dictionary.
+# Requests as they arrive; then conditions, ranges, queries and bodies.
 
 ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 HTTP_DATE = re.compile(
@@ -1887,7 +1886,9 @@ CHUNK_SIZE = re.compile(rb"0*([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 REQUEST_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Z-]|\r?\Z")
 STRAY_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
+Environ = dict[str, Any]  # a request as WSGI (PEP 3333) has it
 Headers = list[tuple[str, str]]
+Body = bytes | Excerpt  # of an answer
 HEADER_LIMIT, HEADER_LINES_LIMIT = 128 * KIB, 500
 CHUNK_LINE_LIMIT = 8 * KIB  # bytes; the longest line before a chunk, or in the trailer
 
@@ -2079,13 +2080,11 @@ class Answer(NamedTuple):
 
     status: int
     head: bytes
-    body: bytes | Excerpt
+    body: Body
     keep: bool  # whether the connection stays open
 
     @classmethod
-    def make(
-        cls, status: str, headers: Headers, body: bytes | Excerpt, version: str, keep: bool
-    ) -> Answer:
+    def make(cls, status: str, headers: Headers, body: Body, version: str, keep: bool) -> Answer:
         """Make an answer from the status and headers that an application gives."""
         headers = [*headers, ("Date", format_http_date(int(time.time())))]
         if not keep or version == "1.0":
@@ -2101,7 +2100,7 @@ class Validators(NamedTuple):
     modified: int
 
 
-def http_date(environ: Mapping[str, str], name: str) -> float | None:
+def http_date(environ: Environ, name: str) -> float | None:
     """Return the time in a header in seconds since the epoch, None where it holds no date.
 
     Only the three forms of RFC 9110, 5.6.7 are dates, while email.utils takes others as well.
@@ -2132,7 +2131,7 @@ def entity_tags(header: str) -> list[str]:
     return ENTITY_TAG.findall(header) if is_list else []
 
 
-def require_conditions(environ: Mapping[str, str], current: Validators | None) -> None:
+def require_conditions(environ: Environ, current: Validators | None) -> None:
     """Raise PreconditionFailed where If-Match or If-Unmodified-Since does not hold.
 
     `current` is None where there is no binary: then no tag matches, and there is no date.
@@ -2148,14 +2147,14 @@ def require_conditions(environ: Mapping[str, str], current: Validators | None) -
         raise PreconditionFailed
 
 
-def matches_none(environ: Mapping[str, str], current: Validators) -> bool:
+def matches_none(environ: Environ, current: Validators) -> bool:
     """Tell whether If-None-Match holds, as it does where it is not given."""
     header = environ.get("HTTP_IF_NONE_MATCH", "")
     tags = [tag.removeprefix("W/") for tag in entity_tags(header)]
     return header.strip() != "*" and current.etag not in tags
 
 
-def not_modified(environ: Mapping[str, str], current: Validators) -> bool:
+def not_modified(environ: Environ, current: Validators) -> bool:
     """Tell whether the answer to a GET or HEAD is 304, by the order of RFC 9110, 13.2.2.
 
     Raises PreconditionFailed.
@@ -2167,7 +2166,7 @@ def not_modified(environ: Mapping[str, str], current: Validators) -> bool:
     return modified is not None and current.modified <= modified
 
 
-def requested_range(environ: Mapping[str, str], current: Validators, size: int) -> range | None:
+def requested_range(environ: Environ, current: Validators, size: int) -> range | None:
     """Return the bytes that a GET asks for, None for all of them: RFC 9110, 14.2.
 
     Anything but one sound range of bytes is ignored, as is one whose If-Range does not hold, and
@@ -2193,7 +2192,7 @@ def requested_range(environ: Mapping[str, str], current: Validators, size: int) 
     return range(first, min(last + 1, size))
 
 
-def parse_query(environ: Mapping[str, Any]) -> dict[str, str]:
+def parse_query(environ: Environ) -> dict[str, str]:
     """Return the parameters of a query; raises BadRequest for one given twice, or no UTF-8."""
     if not environ.get("QUERY_STRING"):
         return {}
@@ -2255,7 +2254,7 @@ def place_window(segments: Segments, start: int | None, end: int | None) -> tupl
     )
 
 
-def body_blocks(environ: Mapping[str, Any]) -> Iterator[bytes]:
+def body_blocks(environ: Environ) -> Iterator[bytes]:
     """Yield the body, which without a length is empty; raises BadRequest where it ends early."""
     length, stream = environ.get("CONTENT_LENGTH") or "", environ["wsgi.input"]
     chunked = "HTTP_TRANSFER_ENCODING" in environ
@@ -2275,7 +2274,7 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is Python's own, and no JSON")
 
 
-def parse_json(environ: Mapping[str, Any], required: bool = True) -> dict[str, Any]:
+def parse_json(environ: Environ, required: bool = True) -> dict[str, Any]:
     """Return the JSON object in the body, an empty one for no body where none is required.
 
     Raises BadRequest, TooLarge.
@@ -2297,7 +2296,7 @@ def parse_json(environ: Mapping[str, Any], required: bool = True) -> dict[str, A
     return value
 
 
-def file_in_form(environ: Mapping[str, Any]) -> Iterator[bytes]:
+def file_in_form(environ: Environ) -> Iterator[bytes]:
     """Yield the content of the file `image` in a form as it is read; raises BadRequest.
 
     What is wrong after the file is raised after its content: store nothing before the end.
@@ -2541,7 +2540,6 @@ def describe_response(route: Route, status: int) -> dict[str, Any]:
 # takes a body; all other requests, and those under another WSGI server, are admitted when they are
 # answered.
 
-Environ = dict[str, Any]
 # What admission notes in environ: the Route with what <...> in its path matched; the Caller; that
 # a signed link was used, be it genuine or not; that the request has been admitted.
 ROUTE, CALLER = "image_manager.route", "image_manager.caller"
@@ -2555,7 +2553,7 @@ EXPOSED_HEADERS = ("Access-Control-Expose-Headers",
                    "Repr-Digest, X-Load-Address")  # fmt: skip
 
 
-def origin_headers(environ: Mapping[str, Any], allowed: str) -> Headers:
+def origin_headers(environ: Environ, allowed: str) -> Headers:
     """Return the headers that let a web page of another origin read an answer.
 
     `allowed` is an origin, * for any, "" for none. What a signed link gives, any page may read.
@@ -2605,7 +2603,7 @@ class Admission:
         self._limits = {"file": settings.max_upload, "form": settings.max_upload + JSON_LIMIT}
         # Bottle looks for the path alone, without the method: otherwise it would take PUT
         # /image/latest, which no route has, for a request to an image whose id is "latest".
-        self._router = bottle.Router()
+        self._router = Router()
         for path in {route.path for route in ROUTES}:
             routes = {route.method: route for route in ROUTES if route.path == path}
             if "GET" in routes:
@@ -2624,7 +2622,7 @@ class Admission:
         path = self.route_path(environ.get("PATH_INFO", ""))
         try:
             routes, names = self._router.match({"REQUEST_METHOD": "ANY", "PATH_INFO": path})
-        except bottle.HTTPError:
+        except HTTPError:
             raise NotFound from None
         return routes, names
 
@@ -2710,12 +2708,12 @@ def require_catalogue(catalogue: Catalogue, binaries: BinaryStore) -> None:
         raise CannotStart(f"{binaries.folder} holds binaries no catalogue knows of: {remedy}")
 
 
-def json_response(content: object, status: int = 200, **headers: str) -> bottle.HTTPResponse:
+def json_response(content: object, status: int = 200, **headers: str) -> HTTPResponse:
     """Return an answer in JSON; a string is JSON already."""
     text = content if isinstance(content, str) else json.dumps(content, separators=(",", ":"))
     # Without no-store a cache may keep a 404 as long as it likes: RFC 9111, 4.2.2.
     headers = {"Content-Type": "application/json", "Cache-Control": "no-store", **headers}
-    return bottle.HTTPResponse(text, status, headers)
+    return HTTPResponse(text, status, headers)
 
 
 def parse_members(environ: Environ, creating: bool) -> dict[str, str]:
@@ -2767,7 +2765,7 @@ def permit_by(environ: Environ) -> Permit:
 
 def download_response(
     environ: Environ, stored: str, excerpt: Excerpt, headers: dict[str, str]
-) -> bottle.HTTPResponse:
+) -> HTTPResponse:
     """Return an excerpt, or the range of it that is asked for, if the request's conditions hold.
 
     `stored` is the time when the binary was stored, as in the catalogue. Raises PreconditionFailed,
@@ -2776,7 +2774,7 @@ def download_response(
     modified, headers["Last-Modified"] = last_modified(stored)
     current = Validators(headers["ETag"], modified)
     if not_modified(environ, current):
-        return bottle.HTTPResponse("", 304, headers)
+        return HTTPResponse("", 304, headers)
     is_get, size = environ["REQUEST_METHOD"] == "GET", excerpt.seek(0, os.SEEK_END)
     part = requested_range(environ, current, size) if is_get else None
     begin, end = (part.start, part.stop) if part else (0, size)
@@ -2786,7 +2784,7 @@ def download_response(
         headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
     excerpt.narrow(begin, end)
     content = excerpt if end - begin > SMALL_RANGE else excerpt.read()
-    return bottle.HTTPResponse(content if is_get else b"", 206 if part else 200, headers)
+    return HTTPResponse(content if is_get else b"", 206 if part else 200, headers)
 
 
 class Application:
@@ -2817,7 +2815,7 @@ class Application:
         start_response(status, headers)
         if isinstance(body, bytes):
             return [body]
-        file_wrapper = environ.get("wsgi.file_wrapper", bottle.WSGIFileWrapper)
+        file_wrapper = environ.get("wsgi.file_wrapper", WSGIFileWrapper)
         return file_wrapper(body)  # type: ignore[no-any-return]
 
     def answer(self, request: Request, last: bool) -> Answer:
@@ -2844,7 +2842,7 @@ class Application:
 
     def _respond(
         self, environ: Environ, error: Exception | None = None
-    ) -> tuple[str, Headers, bytes | Excerpt]:
+    ) -> tuple[str, Headers, Body]:
         """Return status, headers and body of the answer to a request or an error, and log it."""
         try:
             response = self._error_response(error) if error else self._handle(environ)
@@ -2857,17 +2855,17 @@ class Application:
         headers = response.headerlist + origin_headers(environ, self.settings.allow_origin)
         return response.status_line, headers, b"" if environ["REQUEST_METHOD"] == "HEAD" else body
 
-    def _handle(self, environ: Environ) -> bottle.HTTPResponse:
+    def _handle(self, environ: Environ) -> HTTPResponse:
         """Admit a request, unless the server has had that done, and let its handler respond."""
         if environ["REQUEST_METHOD"] == "OPTIONS":
             if granted := self.admission.preflight(environ):
-                return bottle.HTTPResponse(status=204, headers=granted)
+                return HTTPResponse(status=204, headers=granted)
         if ADMITTED not in environ:
             self.admission.admit(environ)
         route, names = environ[ROUTE]
         return getattr(self, route.handler)(environ, environ[CALLER], **names)
 
-    def _error_response(self, error: Exception) -> bottle.HTTPResponse:
+    def _error_response(self, error: Exception) -> HTTPResponse:
         """Return the response for an error, in JSON; log those that an operator must see to."""
         if not isinstance(error, ServiceError):
             log.error("a request could not be answered", exc_info=error)
@@ -2893,7 +2891,7 @@ class Application:
 
     # Images. A handler's docstring is its description in /openapi.json.
 
-    def health(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
+    def health(self, environ: Environ, caller: Caller) -> HTTPResponse:
         """Tell whether the service can read its catalogue and write in its folder."""
         try:
             self.catalogue.check()
@@ -2905,18 +2903,18 @@ class Application:
             raise Unavailable(f"Not healthy: {reason}") from error
         return json_response({"status": "ok"})
 
-    def show_page(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
+    def show_page(self, environ: Environ, caller: Caller) -> HTTPResponse:
         """Show the page for people at the bench, where Accept names text/html."""
         accepted = environ.get("HTTP_ACCEPT", "").lower().split(",")
         if "text/html" not in [kind.partition(";")[0].strip() for kind in accepted]:
             raise NotFound(headers={"Vary": "Accept"})
-        return bottle.HTTPResponse(PAGE_HTML, 200, PAGE_HEADERS)
+        return HTTPResponse(PAGE_HTML, 200, PAGE_HEADERS)
 
-    def describe(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
+    def describe(self, environ: Environ, caller: Caller) -> HTTPResponse:
         """Describe this API, as OpenAPI 3.1."""
         return json_response(describe_api(self.settings.url_prefix, self))
 
-    def list_images(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
+    def list_images(self, environ: Environ, caller: Caller) -> HTTPResponse:
         """List the images, oldest first; with limit in pages."""
         query = parse_query(environ)
         filters: dict[str, object] = {name: query[name] for name in REQUIRED if name in query}
@@ -2940,7 +2938,7 @@ class Application:
         listed = self.catalogue.list_json(caller.tenant, filters, limit, offset)
         return json_response(listed, 200, **headers)
 
-    def create_image(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
+    def create_image(self, environ: Environ, caller: Caller) -> HTTPResponse:
         """Create an image, to which a binary can then be uploaded."""
         members = parse_members(environ, creating=True)
         require_space(self.binaries.uploads)
@@ -2949,13 +2947,13 @@ class Application:
         image = {"id": image_id, "label": members["label"], "published_at": created, "url": url}
         return json_response(image, 201, Location=url)
 
-    def list_binaries(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
+    def list_binaries(self, environ: Environ, caller: Caller) -> HTTPResponse:
         """List the file names of the binaries, oldest image first."""
         return json_response(
             self.catalogue.list_json(caller.tenant, {"confirmed": 1}, item=FILE_NAME_JSON)
         )
 
-    def latest_image(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
+    def latest_image(self, environ: Environ, caller: Caller) -> HTTPResponse:
         """Show a label's image with the highest version that has a binary; 204: current has it."""
         query = parse_query(environ)
         found = self.catalogue.latest(caller.tenant, query["label"])
@@ -2964,9 +2962,9 @@ class Application:
         version, key, image = found
         current = query.get("current", "")
         has_it = semver_key(current) >= key if semver_key(current) else current == version
-        return bottle.HTTPResponse(status=204) if has_it else json_response(image)
+        return HTTPResponse(status=204) if has_it else json_response(image)
 
-    def latest_binary(self, environ: Environ, caller: Caller) -> bottle.HTTPResponse:
+    def latest_binary(self, environ: Environ, caller: Caller) -> HTTPResponse:
         """Redirect to the binary of the image that /image/latest shows, by a link for an hour."""
         response = self.latest_image(environ, caller)
         if response.status_code == 200:
@@ -2977,11 +2975,11 @@ class Application:
             response.status, response["Location"] = 307, url
         return response
 
-    def show_image(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def show_image(self, environ: Environ, caller: Caller, image_id: str) -> HTTPResponse:
         """Show an image."""
         return json_response(self.catalogue.get_json(caller.tenant, image_id, WITH_REPORT))
 
-    def change_image(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def change_image(self, environ: Environ, caller: Caller, image_id: str) -> HTTPResponse:
         """Change the label, the version or both."""
         changes = parse_members(environ, creating=False)
         self.catalogue.change(caller.tenant, image_id, changes, permit_by(environ))
@@ -2993,29 +2991,29 @@ class Application:
     # first; once that is synced, it removes the files, under the write lock, unless a new upload
     # was faster. The answer always comes last.
 
-    def delete_image(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def delete_image(self, environ: Environ, caller: Caller, image_id: str) -> HTTPResponse:
         """Delete an image and its binary."""
         removed = self.catalogue.remove(caller.tenant, image_id, permit_by(environ))
         self.catalogue.unless_confirmed(image_id, self.binaries.remove)
         return json_response(f'{{"removed_image":{removed},"result":"ok"}}')
 
-    def delete_binary(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def delete_binary(self, environ: Environ, caller: Caller, image_id: str) -> HTTPResponse:
         """Delete the binary; that there is none is no error, so that a retry succeeds."""
         self.catalogue.clear(caller.tenant, image_id, permit_by(environ))
         self.catalogue.unless_confirmed(image_id, self.binaries.remove)
         return json_response({"result": "ok"})
 
-    def upload_form(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def upload_form(self, environ: Environ, caller: Caller, image_id: str) -> HTTPResponse:
         """Upload the binary as the file `image` of a form."""
         return self._upload(environ, caller, image_id, file_in_form(environ))
 
-    def upload_file(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def upload_file(self, environ: Environ, caller: Caller, image_id: str) -> HTTPResponse:
         """Upload the binary as the body."""
         return self._upload(environ, caller, image_id, body_blocks(environ))
 
     def _upload(
         self, environ: Environ, caller: Caller, image_id: str, blocks: Iterable[bytes]
-    ) -> bottle.HTTPResponse:
+    ) -> HTTPResponse:
         query = parse_query(environ)
         wanted, check = query.get("sha256", "").lower(), parse_flag(query.get("validate", "true"))
         if not re.fullmatch("([0-9a-f]{64})?", wanted):
@@ -3038,9 +3036,7 @@ class Application:
         checked = binary.report is not None
         return json_response({"image": image_id, "message": "image uploaded", "checked": checked})
 
-    def download_binary(
-        self, environ: Environ, caller: Caller, image_id: str
-    ) -> bottle.HTTPResponse:
+    def download_binary(self, environ: Environ, caller: Caller, image_id: str) -> HTTPResponse:
         """Download the binary or a range of it; format=bin gives the raw bytes of Intel HEX."""
         image = self.catalogue.get(caller.tenant, image_id)
         if not image.confirmed or caller.sha256 not in ("", image.sha256):
@@ -3103,7 +3099,7 @@ class Application:
         file = self.binaries.open(image.id, ".bin", image.raw_size)
         return Excerpt(file, segments, start, end, bytes([fill])), headers
 
-    def make_link(self, environ: Environ, caller: Caller, image_id: str) -> bottle.HTTPResponse:
+    def make_link(self, environ: Environ, caller: Caller, image_id: str) -> HTTPResponse:
         """Make a link that downloads the binary without a token until it expires."""
         seconds = parse_json(environ, required=False).get("expires_in", 3600)
         whole = type(seconds) in (int, float) and seconds == seconds // 1  # JSON has 60.0 for 60
@@ -3170,7 +3166,7 @@ class AccessLog:
     def close(self) -> None:
         self._file.close()
 
-    def write(self, environ: Mapping[str, Any], target: str, status: int, size: int) -> None:
+    def write(self, environ: Environ, target: str, status: int, size: int) -> None:
         """Write the line of an answer.
 
         `target` is what was asked for, "" where there was no request; `size` is how many bytes of
@@ -3496,7 +3492,7 @@ class Connection(asyncio.Protocol):
         if self._blocked:
             yield ROOM
 
-    def _send_body(self, body: bytes | Excerpt) -> Life:
+    def _send_body(self, body: Body) -> Life:
         content = io.BytesIO(body) if isinstance(body, bytes) else body
         try:
             if self._blocked:
