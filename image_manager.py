@@ -479,10 +479,7 @@ UNCHECKED = ("verify_iat", "verify_sub", "verify_jti", "verify_exp", "verify_nbf
 
 
 def text_faults(value: object) -> list[str]:
-    """Return all that is wrong with a label, a version or the name of a tenant.
-
-    Control characters are those of Unicode's category Cc.
-    """
+    """Return all that is wrong with a label, a version or the name of a tenant."""
     if value is None:
         return ["Field may not be null."]
     if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
@@ -507,10 +504,7 @@ class Caller(NamedTuple):
 
 
 def load_secret(folder: Path) -> str:
-    """Return the secret in a data folder, made if there is none: 256 bits, mode 0600.
-
-    Raises CannotStart.
-    """
+    """Return the secret in a data folder, made if there is none; raises CannotStart."""
     path = folder / "secret.key"
     try:
         if not path.exists():
@@ -527,7 +521,7 @@ def load_secret(folder: Path) -> str:
 
 def make_secret(path: Path) -> None:
     """Make a file with a new secret, which appears whole or not at all."""
-    # It has mode 0600, and a name by which clean_up() finds it after a crash.
+    # Such a file has mode 0600; by its name clean_up() finds it after a crash.
     draft = tempfile.NamedTemporaryFile(
         "w", prefix=path.name, suffix=".draft", dir=path.parent, delete=False
     )
@@ -642,10 +636,7 @@ class Tokens:
         return frozenset(ours or RIGHTS)
 
     def issue(self, service: str, rights: Iterable[str] = (), seconds: int | None = None) -> str:
-        """Return a token for a tenant: with all rights, and for ever, unless told otherwise.
-
-        Raises CannotStart where the service takes none of its own making.
-        """
+        """Return a token for a tenant, for ever if `seconds` is None; raises CannotStart."""
         if self._key is not self._secret:
             raise CannotStart("With jwt-public-key, tokens come from who has the private key")
         scope = " ".join(rights)
@@ -722,10 +713,7 @@ class Pieces:
             self.sizes.append(size)
 
     def by_address(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (address, size, offset) of the pieces in the order of addresses.
-
-        The offset is that among all the data in the order of the file.
-        """
+        """Yield (address, size, offset in the order of the file) of the pieces, by address."""
         offsets = array.array("Q", itertools.accumulate(self.sizes, initial=0))
         for number in sorted(range(len(self.sizes)), key=self._addresses.__getitem__):
             yield self._addresses[number], self.sizes[number], offsets[number]
@@ -1256,10 +1244,7 @@ class Catalogue:
     """
 
     def __init__(self, path: Path, make: bool = True) -> None:
-        """Open the catalogue, made or migrated where needed if `make`, else for reading alone.
-
-        Raises CannotStart.
-        """
+        """Open the catalogue: made or migrated if `make`, else only read; raises CannotStart."""
         self._path, self._closed, self._make = path, False, make
         self._stat: os.stat_result | None = None  # tells the file from others, once it is there
         self._thread = threading.local()
@@ -1306,10 +1291,7 @@ class Catalogue:
             connection.execute(f"PRAGMA user_version = {number}")
 
     def never_wait(self) -> None:
-        """Have this thread get MustWait instead of waiting for a lock or a long report.
-
-        It is meant for the server's event loop, on which all connections depend.
-        """
+        """Have this thread, on which all connections depend, get MustWait instead of waiting."""
         self._thread.waits = False
 
     def _waits(self) -> bool:
@@ -1643,10 +1625,7 @@ class Excerpt:
         return (self._file, extent.offset, left) if extent and extent.size == left else None
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes, LARGEST_READ at most; only at the end there are none.
-
-        Raises OSError where the file is too short.
-        """
+        """Return the next bytes, LARGEST_READ at most, and none only at the end."""
         left = max(self._end - self._at, 0)
         size = min(left, LARGEST_READ, LARGEST_READ if size < 0 else size)
         begin, self._at = self._at, self._at + size
@@ -2155,10 +2134,7 @@ def matches_none(environ: Environ, current: Validators) -> bool:
 
 
 def not_modified(environ: Environ, current: Validators) -> bool:
-    """Tell whether the answer to a GET or HEAD is 304, by the order of RFC 9110, 13.2.2.
-
-    Raises PreconditionFailed.
-    """
+    """Tell whether a GET's answer is 304: RFC 9110, 13.2.2; raises PreconditionFailed."""
     require_conditions(environ, current)
     if "HTTP_IF_NONE_MATCH" in environ:
         return not matches_none(environ, current)
@@ -2223,10 +2199,7 @@ def parse_number(text: str, low: int, high: int, hexadecimal: str = "") -> int:
 
 
 def parse_window(query: Mapping[str, str]) -> tuple[int | None, int | None, int]:
-    """Return the start and end of a window, None where not given, and its fill.
-
-    Raises BadRequest.
-    """
+    """Return start and end of a window, None where not given, and its fill; raises BadRequest."""
     start, end = (
         parse_number(query[name], 0, MEMORY_SIZE, HEX_ADDRESS) if name in query else None
         for name in ("start", "end")
@@ -2275,10 +2248,7 @@ def refuse_constant(name: str) -> None:
 
 
 def parse_json(environ: Environ, required: bool = True) -> dict[str, Any]:
-    """Return the JSON object in the body, an empty one for no body where none is required.
-
-    Raises BadRequest, TooLarge.
-    """
+    """Return the JSON object in the body; {} for none, unless `required`. Raises ServiceError."""
     body = b""
     for block in body_blocks(environ):
         body += block
@@ -2627,11 +2597,7 @@ class Admission:
         return routes, names
 
     def preflight(self, environ: Environ) -> dict[str, str]:
-        """Return the headers that tell a page of another origin what it may send to a path.
-
-        Returns {} where it may send nothing, or where this is no preflight request of the CORS
-        protocol. Raises NotFound.
-        """
+        """Return the headers that grant a CORS preflight request, else {}; raises NotFound."""
         routes, _ = self._routes(environ)
         if not {"HTTP_ORIGIN", "HTTP_ACCESS_CONTROL_REQUEST_METHOD"} <= environ.keys():
             return {}
@@ -2647,10 +2613,7 @@ class Admission:
         }
 
     def admit(self, environ: Environ) -> int:
-        """Let a request in, which environ then says; return how many bytes its body may have.
-
-        Raises the ServiceError that is the answer to a request that may not be made.
-        """
+        """Let a request in, or raise a ServiceError; return how many bytes its body may have."""
         routes, names = self._routes(environ)
         route = routes.get(environ["REQUEST_METHOD"])
         if not route:
@@ -2717,10 +2680,7 @@ def json_response(content: object, status: int = 200, **headers: str) -> HTTPRes
 
 
 def parse_members(environ: Environ, creating: bool) -> dict[str, str]:
-    """Return label and version from a body in JSON: both when creating, else at least one.
-
-    Raises BadRequest where it is no JSON object, FaultyImage with the reasons of all faults.
-    """
+    """Return label and version from a JSON body: both if `creating`, else at least one."""
     members = parse_json(environ)
     errors: dict[str, list[str]] = {}
     for name in REQUIRED:
@@ -2766,11 +2726,7 @@ def permit_by(environ: Environ) -> Permit:
 def download_response(
     environ: Environ, stored: str, excerpt: Excerpt, headers: dict[str, str]
 ) -> HTTPResponse:
-    """Return an excerpt, or the range of it that is asked for, if the request's conditions hold.
-
-    `stored` is the time when the binary was stored, as in the catalogue. Raises PreconditionFailed,
-    or ServiceError 416.
-    """
+    """Return an excerpt, or the range that is asked for; raises ServiceError 412 or 416."""
     modified, headers["Last-Modified"] = last_modified(stored)
     current = Validators(headers["ETag"], modified)
     if not_modified(environ, current):
@@ -3064,10 +3020,7 @@ class Application:
             return response
 
     def _open(self, image: Image, query: Mapping[str, str]) -> tuple[Excerpt, dict[str, str]]:
-        """Open what a query asks for of a binary; return it with its headers.
-
-        Raises BadRequest, Unprocessable, Damaged.
-        """
+        """Open what a query asks for of a binary; return it with its headers."""
         if query.keys() & {*WINDOW}:
             return self._open_window(image, query)
         digest = base64.b64encode(bytes.fromhex(image.sha256)).decode()
@@ -3113,11 +3066,7 @@ class Application:
         return json_response({"url": url, "expires": moment.isoformat(timespec="microseconds")})
 
     def _link(self, environ: Environ, image_id: str, sha256: str, seconds: int) -> tuple[str, int]:
-        """Return a link to a binary, and when it expires: no later than the token of who asks.
-
-        `seconds` is how long it is to last; the expiry is in seconds since the epoch. Raises
-        BadRequest where the Host header, which the link repeats, is none.
-        """
+        """Return a link to a binary, and when it expires: no later than the token of who asks."""
         expires = int(min(time.time() + seconds, environ[CALLER].expires))
         name, port = environ["SERVER_NAME"], environ["SERVER_PORT"]
         host = environ.get("HTTP_HOST") or (f"[{name}]:{port}" if ":" in name else f"{name}:{port}")
@@ -4054,10 +4003,7 @@ def copy_images(
 
 
 def back_up_store(folder: Path, destination: Path) -> tuple[int, list[str]]:
-    """Copy a store that may be in use; return how many binaries, and all that is wrong with them.
-
-    Raises CannotStart.
-    """
+    """Copy a store that may be in use; return what verify_store() does; raises CannotStart."""
     count = 0
     with open_store(folder) as (catalogue, binaries, faults):
         if destination.resolve().is_relative_to(folder.resolve()):
