@@ -886,7 +886,7 @@ class HexReader:
 
     def has_raw_bytes(self) -> bool:
         """Tell whether the data are all that is to be flashed, and there are some."""
-        return len(self.pieces) > 0 and not self._has_other_types
+        return bool(self.pieces.sizes) and not self._has_other_types
 
     def _take(self, lines: list[bytes]) -> bytes:
         """Take whole lines, without their ends; return the data of their records."""
@@ -895,7 +895,7 @@ class HexReader:
             run = list(group)
             taken = self._take_data_records(run) if len(run) >= MIN_RUN else None
             data += map(self._take_line, run) if taken is None else [taken]
-        if len(self.pieces) > MAX_PIECES:
+        if len(self.pieces.sizes) > MAX_PIECES:
             raise HexFault(TOO_SCATTERED)
         return b"".join(data)
 
@@ -1951,10 +1951,6 @@ class Request(HTTPRequestParser):
             raise BadRequest("A request names its host in one header Host: example.com:8000")
         self.environ = self._environ()
 
-    @property
-    def has_body(self) -> bool:
-        return bool(self.chunked or self.content_length)
-
     def _environ(self) -> dict[str, Any]:
         """Return the request as WSGI has it: what the routes read of it."""
         environ = {
@@ -2218,8 +2214,7 @@ def place_window(segments: Segments, start: int | None, end: int | None) -> tupl
         return start, end
     pairs = zip(segments.begins[:10], segments.ends)
     where = [f"{hex_address(begin)} to {hex_address(end)}" for begin, end in pairs]
-    more = len(segments.ends) - len(where)
-    if more:
+    if more := len(segments.ends) - len(where):
         where.append(f"{more} more places")
     raise Unprocessable(
         f"A window has at most {LARGEST_WINDOW} bytes, and some of the data in it. "
@@ -2243,10 +2238,6 @@ def body_blocks(environ: Environ) -> Iterator[bytes]:
         raise BadRequest("The body ended before its Content-Length")
 
 
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is Python's own, and no JSON")
-
-
 def parse_json(environ: Environ, required: bool = True) -> dict[str, Any]:
     """Return the JSON object in the body; {} for none, unless `required`. Raises ServiceError."""
     body = b""
@@ -2257,7 +2248,8 @@ def parse_json(environ: Environ, required: bool = True) -> dict[str, Any]:
     if not body and not required:
         return {}
     try:
-        value = json.loads(body.decode(), parse_constant=refuse_constant)
+        # NaN and Infinity are Python's own, and int() raises ValueError for them.
+        value = json.loads(body.decode(), parse_constant=int)
     except (ValueError, RecursionError) as error:
         raise BadRequest(JSON_WANTED) from error
     kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
@@ -3282,7 +3274,7 @@ class Connection(asyncio.Protocol):
         self._server, self._loop = server, asyncio.get_running_loop()
         self._application, self._trusted = server.application, server.settings.trusted_proxy
         self._received = bytearray()
-        self._half_closed = self._lost = self._blocked = False
+        self._half_closed = self._lost = False
         self._sending: asyncio.Task[None] | None = None
         self._life, self.waits_for = self._live(), ""
 
@@ -3309,11 +3301,7 @@ class Connection(asyncio.Protocol):
             self._step()
         return True  # the client may still read
 
-    def pause_writing(self) -> None:
-        self._blocked = True
-
     def resume_writing(self) -> None:
-        self._blocked = False
         self._loop.call_soon(self._go_on, ROOM)  # not now: asyncio has not finished its own step
 
     def connection_lost(self, _: Exception | None) -> None:
@@ -3326,16 +3314,15 @@ class Connection(asyncio.Protocol):
 
     def _step(self, value: object = None) -> None:
         """Let the connection's life go on until it waits for something again."""
+        self.waits_for = ""
         try:
             self.waits_for = self._life.send(value)
             if self.waits_for in READING and not self._half_closed:
                 self.transport.resume_reading()
         except StopIteration:
-            self.waits_for = ""
             self.transport.close()
         except Exception:
             log.exception("a connection failed")
-            self.waits_for = ""
             self.transport.abort()
 
     def _go_on(self, event: str, value: object = None) -> None:
@@ -3400,7 +3387,7 @@ class Connection(asyncio.Protocol):
         client = client_address(self._addresses["REMOTE_ADDR"], forwarded, self._trusted)
         request.environ |= {**self._addresses, "REMOTE_ADDR": client}
         with contextlib.closing(request):
-            if request.has_body:
+            if request.chunked or request.content_length:
                 limit = self._application.admission.admit(request.environ)
                 if request.expect_continue and not self._received:
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -3438,13 +3425,13 @@ class Connection(asyncio.Protocol):
         else:
             self.transport.write(answer.head)
             yield from self._send_body(answer.body)
-        if self._blocked:
+        if self.transport.get_write_buffer_size():
             yield ROOM
 
     def _send_body(self, body: Body) -> Life:
         content = io.BytesIO(body) if isinstance(body, bytes) else body
         try:
-            if self._blocked:
+            if self.transport.get_write_buffer_size():
                 yield ROOM
             if isinstance(content, Excerpt) and content.in_one_piece():
                 self._sending = self._loop.create_task(self._sendfile(content))
@@ -3452,7 +3439,7 @@ class Connection(asyncio.Protocol):
                 yield FILE
             while block := content.read(SEND_BLOCK):
                 self.transport.write(block)
-                if self._blocked:
+                if self.transport.get_write_buffer_size():
                     yield ROOM
                 else:
                     yield from self._turn()
