@@ -113,10 +113,7 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 10):  # noqa: UP036 - who runs it by hand is told why, and at once
-    print(
-        "image manager: this needs Python 3.10 or newer: run it with another python3",
-        file=sys.stderr,
-    )
+    print("image manager: needs Python 3.10 or newer: run it with another python3", file=sys.stderr)
     sys.exit(2)
 
 import argparse
@@ -800,9 +797,7 @@ FIRST_RECORD = re.compile(
 UTF_16 = re.compile(rb":\0(?:[0-9A-Fa-f]\0){9}")
 # A record is all of its line, but a byte order mark may stand before it, and text behind the one
 # that ends the file.
-RECORD = re.compile(
-    rb"(\xef\xbb\xbf)?(:00[0-9A-Fa-f]{4}01[0-9A-Fa-f]{2}(?![0-9A-Fa-f])|:.*)", re.DOTALL
-)
+RECORD = re.compile(rb"(?is)(\xef\xbb\xbf)?(:00[0-9A-F]{4}01[0-9A-F]{2}(?![0-9A-F])|:.*)")
 NO_DIGIT = re.compile(b"[^0-9A-Fa-f]")
 BLANKS = b" \t"
 PAYLOAD_SIZE = {1: 0, 2: 2, 3: 4, 4: 2, 5: 4}  # bytes; the record types that have one fixed size
@@ -1460,11 +1455,9 @@ class Catalogue:
                 raise NoSuchImage(image_id)
             yield connection, Image(*row), values
 
-    def change(
-        self, tenant: str, image_id: str, changes: Mapping[str, str], permit: Permit
-    ) -> None:
+    def change(self, tenant: str, image_id: str, changes: dict[str, str], permit: Permit) -> None:
         """Set the label, the version (fw_version) or both, whichever `changes` has."""
-        new = dict.fromkeys(("label", "fw_version", "precedence")) | dict(changes)
+        new = dict.fromkeys(("label", "fw_version", "precedence")) | changes
         if "fw_version" in changes:
             new["precedence"] = semver_key(changes["fw_version"])
         with self._changing(tenant, image_id) as (connection, image, values):
@@ -1773,8 +1766,7 @@ class BinaryStore:
         try:
             probe = probe.replace(self.folder / probe.name)
         except OSError as error:
-            remedy = "what arrives in one must appear in the other in one step"
-            raise CannotStart(f"{self.folder} and tmp are on two mounts: {remedy}") from error
+            raise CannotStart(f"{self.folder} and tmp are on two mounts: use one") from error
         finally:
             probe.rmdir()
 
@@ -1855,9 +1847,7 @@ HEX_ADDRESS, HEX_BYTE = "0[xX](?:[0-9a-fA-F]{1,8}|100000000)", "0[xX][0-9a-fA-F]
 
 # From the grammar of RFC 9112 (3, 5, 7.1) and RFC 9110 (5.6.2); linear in time on any input.
 METHOD = rb"[!#$%&'*+.^_`|~0-9A-Z-]+"
-REQUEST_LINE = re.compile(
-    b"(%b) (/[!-~]*|\\*|(?i:https?)://[!-~]+) HTTP/([0-9])\\.([0-9])" % METHOD
-)
+REQUEST_LINE = re.compile(rb"(%b) (/[!-~]*|\*|(?i:https?)://[!-~]+) HTTP/([0-9])\.([0-9])" % METHOD)
 HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*")
 TRANSFER_CODING = re.compile(rb"\r\ntransfer-encoding:([^\r]*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"(?:[\w.~%!$&'()*+,;=-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?", re.ASCII)
@@ -1876,8 +1866,7 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, bytes]:
     """Return method, target and minor version of HTTP/1; raises BadRequest, or status 505."""
     match = REQUEST_LINE.fullmatch(line)
     if not match:
-        wanted = "METHOD /path HTTP/1.1, with all that is not ASCII percent-encoded"
-        raise BadRequest(f"The request line is not of the form {wanted}")
+        raise BadRequest("A request line is METHOD /path HTTP/1.1, in ASCII and percent-encoded")
     if match[3] != b"1":
         raise ServiceError("This service speaks HTTP/1.1", status=505)
     return match[1], match[2], match[4]
@@ -2897,9 +2886,8 @@ class Application:
 
     def list_binaries(self, environ: Environ, caller: Caller) -> HTTPResponse:
         """List the file names of the binaries, oldest image first."""
-        return json_response(
-            self.catalogue.list_json(caller.tenant, {"confirmed": 1}, item=FILE_NAME_JSON)
-        )
+        listed = self.catalogue.list_json(caller.tenant, {"confirmed": 1}, item=FILE_NAME_JSON)
+        return json_response(listed)
 
     def latest_image(self, environ: Environ, caller: Caller) -> HTTPResponse:
         """Show a label's image with the highest version that has a binary; 204: current has it."""
@@ -3011,7 +2999,7 @@ class Application:
                 closing.pop_all()  # the server closes it
             return response
 
-    def _open(self, image: Image, query: Mapping[str, str]) -> tuple[Excerpt, dict[str, str]]:
+    def _open(self, image: Image, query: dict[str, str]) -> tuple[Excerpt, dict[str, str]]:
         """Open what a query asks for of a binary; return it with its headers."""
         if query.keys() & {*WINDOW}:
             return self._open_window(image, query)
@@ -3024,9 +3012,7 @@ class Application:
         file = self.binaries.open(image.id, ".hex", image.size)
         return Excerpt(file, Segments([(0, image.size)]), 0, image.size), headers
 
-    def _open_window(
-        self, image: Image, query: Mapping[str, str]
-    ) -> tuple[Excerpt, dict[str, str]]:
+    def _open_window(self, image: Image, query: dict[str, str]) -> tuple[Excerpt, dict[str, str]]:
         """Open the raw bytes between two addresses; return them with their headers."""
         start, end, fill = parse_window(query)
         if not image.is_hex:
@@ -3246,14 +3232,9 @@ class Threads:
 
 
 # ------------------------------------------------------------------------------------- server
-# How a request goes through, in the thread of the loop unless it says otherwise:
-#   Server._accept           takes the client while there is a place for one more connection
-#   Connection._header       gathers the bytes of a header; Request reads it
-#   Connection._answer       has a body admitted and received, then chooses who answers:
-#   Application.answer       here what is quick, in one of the threads (_run_in_thread) the rest
-#   Connection._send         sends the answer as the client takes it, a file by the system itself
-#   Connection._linger       after the last answer, reads on until the client has got it
-# What a connection waits for, it yields; _step takes it on when that has come.
+# One thread, that of the loop, has all sockets and answers what is quick; the rest is answered in
+# other threads (_run_in_thread). Connection._live shows a connection's life in order: what it waits
+# for, it yields, and _step takes it on when that has come.
 
 IDLE = 120  # seconds in which a client must send or take something
 LOOK = 1  # seconds from one look at whose time is over to the next
@@ -4806,7 +4787,7 @@ def parse_scope(text: str) -> list[str]:
     return rights
 
 
-def parse_lifetime(text: str) -> int | None:
+def parse_time(text: str) -> int | None:
     """Return the seconds of 90s, 15m, 12h or 30d, None for never."""
     match = re.fullmatch("([1-9][0-9]{0,8})([smhd])", text)
     if not match and text != "never":
@@ -4853,12 +4834,7 @@ def command_line() -> CommandLine:
     add = options["token"].add_argument
     add("--service", default="admin", help="tenant that it is for (default: admin)")
     add("--scope", type=parse_scope, default=[], help="such as read,write (default: all)")
-    add(
-        "--expires",
-        type=parse_lifetime,
-        default="30d",
-        help="90s, 15m, 12h, 7d, never (default: 30d)",
-    )
+    add("--expires", type=parse_time, default="30d", help="90s, 15m, 12h, 7d, never (default: 30d)")
     options["token"].add_setting("jwt_audience", "--audience")
     options["token"].add_setting("jwt_issuer", "--issuer")
     options["backup"].add_argument("destination", type=Path, help="folder, new or empty")
