@@ -584,13 +584,10 @@ class Tokens:
         self._caller_of = functools.lru_cache(maxsize=1024)(self._decode)
 
     def verify(self, header: str | None) -> Caller:
-        """Return whose token an Authorization header carries; raises Unauthorised.
-
-        RFC 6750, 2.1, gives the form of the header, and RFC 7519, 4.1, the meaning of exp and nbf.
-        """
+        """Return whose token an Authorization header carries; raises Unauthorised."""
         if header is None:
             raise Unauthorised
-        # Two Authorization headers arrive joined by a comma, which no token contains.
+        # RFC 6750, 2.1. Two such headers arrive joined by a comma, which no token contains.
         match = re.fullmatch(r"Bearer +([\w.~+/=-]+) *", header, re.ASCII | re.IGNORECASE)
         if not match:
             raise InvalidToken("the header is not of the form: Bearer <token>")
@@ -1428,10 +1425,7 @@ class Catalogue:
     def list_json(
         self, tenant: str, filters: Values, limit: int = -1, offset: int = 0, item: str = IMAGE_JSON
     ) -> str:
-        """Return the tenant's images that pass all filters (of FILTERS), oldest first.
-
-        FILE_NAME_JSON gives the names of their .hex files instead. A limit of -1 is none.
-        """
+        """Return the tenant's images that pass all filters, oldest first; a limit of -1 is none."""
         sql = LIST.format(item=item, filters="".join(FILTERS[name] for name in filters))
         return str(self._row(sql, tenant=tenant, limit=limit, offset=offset, **filters)[0])
 
@@ -1833,6 +1827,7 @@ class BinaryStore:
 # Requests as they arrive; then conditions, ranges, queries and bodies.
 
 ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
+# The three forms of RFC 9110, 5.6.7; email.utils takes others as well.
 HTTP_DATE = re.compile(
     r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT|\w{6,9}, \d\d-\w{3}-\d\d \d\d:\d\d:\d\d GMT"
     r"|\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d \d{4}",
@@ -2065,10 +2060,7 @@ class Validators(NamedTuple):
 
 
 def http_date(environ: Environ, name: str) -> float | None:
-    """Return the time in a header in seconds since the epoch, None where it holds no date.
-
-    Only the three forms of RFC 9110, 5.6.7 are dates, while email.utils takes others as well.
-    """
+    """Return the time in a header in seconds since the epoch, None where it holds no date."""
     if HTTP_DATE.fullmatch(environ.get(name, "").strip()):
         with contextlib.suppress(ValueError):  # there is no 41 December
             moment = email.utils.parsedate_to_datetime(environ[name])
@@ -2172,10 +2164,7 @@ def parse_query(environ: Environ) -> dict[str, str]:
 
 
 def parse_number(text: str, low: int, high: int, hexadecimal: str = "") -> int:
-    """Return the number in a query's value; raises BadRequest unless it lies in low to high.
-
-    It is decimal, or matches the pattern for a hexadecimal one.
-    """
+    """Return the number in a query's value, from low to high; raises BadRequest for any other."""
     if re.fullmatch("[0-9]{1,18}", text) or (hexadecimal and re.fullmatch(hexadecimal, text)):
         value = int(text, 16 if "x" in text.lower() else 10)
         if low <= value <= high:
@@ -2277,10 +2266,7 @@ def file_in_form(environ: Environ) -> Iterator[bytes]:
 
 
 def is_wanted_file(part: multipart.MultipartSegment, fields: list[str]) -> bool:
-    """Tell whether a part of a form is the file `image`, and add its field if it is any file.
-
-    Raises BadRequest where it is the file, but one that cannot be taken.
-    """
+    """Tell if a part is the file `image`; add its field if it is any file. Raises BadRequest."""
     name = file_name(part.header("Content-Disposition", ""))
     if name is None:
         return False
@@ -2486,10 +2472,8 @@ def describe_response(route: Route, status: int) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------- admission
-# Which route a request takes, who asks, whether they may, and whether the body can be what the
-# route takes: all this the header of a request tells. So our own server asks for it before it
-# takes a body; all other requests, and those under another WSGI server, are admitted when they are
-# answered.
+# Our own server has a request with a body admitted before it takes that; all others, and those
+# under another WSGI server, are admitted when they are answered.
 
 # What admission notes in environ: the Route with what <...> in its path matched; the Caller; that
 # a signed link was used, be it genuine or not; that the request has been admitted.
@@ -2921,11 +2905,10 @@ class Application:
         self.catalogue.change(caller.tenant, image_id, changes, permit_by(environ))
         return json_response(self.catalogue.get_json(caller.tenant, image_id))
 
-    # Binaries. Here the two stores meet, in an order that survives a power cut. An upload is synced
-    # under temporary names. Then, under the catalogue's write lock, its files get their own names,
-    # and once the folder is synced the row is written and synced. A deletion removes the row
-    # first; once that is synced, it removes the files, under the write lock, unless a new upload
-    # was faster. The answer always comes last.
+    # Binaries. Here the two stores meet, in an order that survives a power cut, each step synced.
+    # The files of an upload come first, then, under the catalogue's write lock, their names, then
+    # the row. A deletion removes the row first, then the files, under the write lock, unless a new
+    # upload was faster. The answer always comes last.
 
     def delete_image(self, environ: Environ, caller: Caller, image_id: str) -> HTTPResponse:
         """Delete an image and its binary."""
@@ -3094,11 +3077,7 @@ class AccessLog:
         self._file.close()
 
     def write(self, environ: Environ, target: str, status: int, size: int) -> None:
-        """Write the line of an answer.
-
-        `target` is what was asked for, "" where there was no request; `size` is how many bytes of
-        the body were sent.
-        """
+        """Write the line of an answer; `target` is "" for no request, `size` what was sent."""
         request, referrer = target, environ.get("HTTP_REFERER", "-")
         if target:
             request = f"{environ['REQUEST_METHOD']} {target} {environ['SERVER_PROTOCOL']}"
@@ -3860,10 +3839,7 @@ def open_store(folder: Path) -> Iterator[tuple[Catalogue, BinaryStore, list[str]
 
 
 def fault_of(image: Image, binaries: BinaryStore, copies: BinaryStore | None = None) -> str | None:
-    """Return what is wrong with an image's files, None if nothing is.
-
-    For a backup they are copied first, and it is the copies that are checked.
-    """
+    """Return what is wrong with an image's files, or with `copies` made of them first, if any."""
     remedy = "upload the same file again, or restore it from a backup"
     other_bytes = f"damaged: the {{}} file of image {image.id} has other bytes: {remedy}"
     checked, has_raw = copies or binaries, image.raw_size is not None
