@@ -671,7 +671,6 @@ class Tokens:
 
 
 # ------------------------------------------------------------------------------------- memory
-# Data by address: pieces as a file writes them, in any order; segments as they lie in the memory.
 
 MEMORY_SIZE = 1 << 32  # bytes: the addresses of Intel HEX have 32 bits
 
@@ -1824,7 +1823,6 @@ class BinaryStore:
 
 
 # ------------------------------------------------------------------------------------- HTTP
-# Requests as they arrive; then conditions, ranges, queries and bodies.
 
 ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 # The three forms of RFC 9110, 5.6.7; email.utils takes others as well.
@@ -2305,7 +2303,6 @@ def file_name(disposition: str) -> str | None:
 
 
 # ------------------------------------------------------------------------------------- API
-# All paths in one table, with the right that each needs, and its description for programs.
 
 PUBLIC = ""  # the right of a route that needs no token, and looks at none
 
@@ -2614,7 +2611,6 @@ class Admission:
 
 
 # ------------------------------------------------------------------------------------- application
-# The handlers of all routes. The two stores meet only here.
 
 SMALL_RANGE = 64 * KIB  # bytes; what is larger is sent from the open file instead of read first
 
