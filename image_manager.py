@@ -3740,6 +3740,7 @@ def supervise(application: Application, listener: socket.socket, signals: Signal
     stopping = False
     signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler some systems drop it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    list(ended_children())  # those that ended before the signal was blocked
     reader, writer = os.pipe()
     while workers or not stopping:
         while len(workers) < application.settings.workers and not stopping:
