@@ -3023,7 +3023,10 @@ class Application:
         return json_response({"url": url, "expires": moment.isoformat(timespec="microseconds")})
 
     def _link(self, environ: Environ, image_id: str, sha256: str, seconds: int) -> tuple[str, int]:
-        """Return a link to a binary, and when it expires: no later than the token of who asks."""
+        """Return a link to a binary, and when it expires: no later than the token of who asks.
+
+        Raises BadRequest where the Host header, which the link repeats, is none.
+        """
         expires = int(min(time.time() + seconds, environ[CALLER].expires))
         name, port = environ["SERVER_NAME"], environ["SERVER_PORT"]
         host = environ.get("HTTP_HOST") or (f"[{name}]:{port}" if ":" in name else f"{name}:{port}")
@@ -3836,7 +3839,10 @@ def open_store(folder: Path) -> Iterator[tuple[Catalogue, BinaryStore, list[str]
 
 
 def fault_of(image: Image, binaries: BinaryStore, copies: BinaryStore | None = None) -> str | None:
-    """Return what is wrong with an image's files, or with `copies` made of them first, if any."""
+    """Return what is wrong with an image's files, None if nothing is.
+
+    For a backup they are copied first, and it is the copies that are checked.
+    """
     remedy = "upload the same file again, or restore it from a backup"
     other_bytes = f"damaged: the {{}} file of image {image.id} has other bytes: {remedy}"
     checked, has_raw = copies or binaries, image.raw_size is not None
